@@ -1,0 +1,505 @@
+"""Train a small network by SEED; or by MoCo-v2 or with labels, to compare.
+
+    torchrun train.py --arch mobilenet_v3_large                      # built-in shapes, no network, a laptop will do
+    python train.py --arch mobilenet_v3_large                        # the same without torchrun
+    torchrun train.py --dataset cifar10 --arch mobilenet_v3_large    # one GPU; makes a MoCo-v2 teacher first
+    torchrun --nproc_per_node=8 train.py --dataset imagenet --data /imagenet --arch mobilenet_v3_large \\
+        --teacher moco_v2_800ep_pretrain.pth.tar                     # eight GPUs, the paper's setting
+
+A run leaves a folder: encoder.pt (what you take away), last.pt (the same command again resumes from it), log.csv,
+args.json, views.png.  Batch sizes are global: the same command sees the same batches on any number of processes.
+
+Read on: recipes and flags; the process group; batches; the training loop (`train`); the stages (`main`).
+"""
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import numpy as np
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from probe import DATASETS, SMALL, Crops, Parser, evaluate, load_data, pick_device, report, save_neighbours, save_views
+from seed import SEED, Encoder, InputError, MoCo, Supervised, augment, load_teacher, save_encoder, uniforms
+
+PUBLISHED = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
+LOG_EVERY = 10                                  # steps between two rows of log.csv
+LOOK_AT, JUDGE_BY = 10_000, 50_000              # pictures of a split used for kNN on the way, and for the table
+
+# ---------------------------------------------------------------------------------------- recipes and flags
+# What suits a data set, each overridden by its flag; a method's own entries come second.  ImageNet's are the
+# paper's.  `lr` is the rate at batch 256 and grows with the batch.  tau_s is MoCo's temperature too.
+PAPER = dict(image_size=224, small_images=False, epochs=200, batch_size=256, warmup_epochs=5, lr=0.03, weight_decay=1e-4,
+             queue_size=65536, tau_s=0.2, tau_t=0.01, key_momentum=0.999, dim=128, hidden_dim=None, crop_scale=(0.2, 1.0), blur=True,
+             eval_every=10, teacher_arch="resnet50", teacher_method="moco", teacher_epochs=200)
+TINY = PAPER | dict(image_size=32, epochs=20, batch_size=128, warmup_epochs=1, queue_size=2048, blur=False, eval_every=5,
+                    teacher_arch="resnet18", teacher_epochs=12)
+RECIPES = {
+    "imagenet": dict(common=PAPER),
+    "shapes": dict(common=TINY | dict(epochs=14, teacher_epochs=8, teacher_method="supervised"),
+                   seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.12, key_momentum=0.99, tau_s=0.1), supervised=dict(lr=0.1)),
+    "folder": dict(common=TINY, seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.12, key_momentum=0.99, tau_s=0.1), supervised=dict(lr=0.1)),
+    "cifar": dict(common=TINY | dict(small_images=True, epochs=200, teacher_epochs=200, batch_size=256, queue_size=4096, warmup_epochs=5, eval_every=20),
+                  seed=dict(lr=0.2), moco=dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1), supervised=dict(lr=0.1, weight_decay=5e-4)),
+}
+OF_THE_METHOD = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim")     # flags for --method alone
+MAY_CHANGE = ("workers", "device", "eval_every", "max_steps", "compare", "data", "out", "teacher", "compile")   # between a run and its resumption
+
+
+def parse_flags(argv=None):
+    """The flags as given; None where the recipe decides."""
+    parser = Parser(description=__doc__, epilog="Defaults that a recipe sets are printed at the start of a run.")
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--method", choices=("seed", "moco", "supervised"), default="seed", help="seed distils; moco is the baseline and makes teachers; supervised is the upper bound")
+    group.add_argument("--arch", default="mobilenet_v3_large", help="the network to train: a torchvision classification network")
+    group.add_argument("--dim", type=int, help="width of the embedding; SEED takes the teacher's")
+    group.add_argument("--hidden-dim", type=int, help="hidden width of the projection head; 0: none; the backbone's width by default, 2048 often does better for ResNet-18")
+    group.add_argument("--small-images", action=argparse.BooleanOptionalAction, help="keep the stem's resolution, for pictures of 32-64 px: much better and much slower; wants a GPU")
+    group = parser.add_argument_group("the teacher")
+    group.add_argument("--teacher", metavar="PATH_OR_URL", help="a checkpoint; without it one is trained first, on the same data")
+    group.add_argument("--teacher-arch", help="its network, where the file does not say it, or the network to train")
+    group.add_argument("--teacher-method", choices=("moco", "supervised"), help="how to train it; supervised looks at labels, and says so")
+    group.add_argument("--teacher-epochs", type=int, help="how long to train it")
+    group = parser.add_argument_group("the data")
+    group.add_argument("--dataset", choices=DATASETS, default="shapes", help="shapes is drawn in code; folder is any directory of pictures")
+    group.add_argument("--data", default="data", metavar="DIR", help="where the pictures are; CIFAR is downloaded there")
+    group.add_argument("--image-size", type=int, help=f"side of a view in pixels; up to {SMALL} the data set is kept in memory")
+    group.add_argument("--subset", type=int, metavar="N", help="train on N pictures, chosen by the seed")
+    group.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read pictures from disk; raise it if the run waits for data")
+    group = parser.add_argument_group("the optimisation")
+    group.add_argument("--epochs", type=int, help="passes over the data; small networks gain from more")
+    group.add_argument("--max-steps", type=int, help="stop each stage after so many steps; the schedule stays that of the whole run")
+    group.add_argument("--batch-size", type=int, help="pictures a step, over all processes")
+    group.add_argument("--lr", type=float, help="learning rate at batch 256; scaled by batch/256")
+    group.add_argument("--weight-decay", type=float, help="on everything, as in the paper")
+    group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up; raise it if the loss explodes early")
+    group.add_argument("--queue-size", type=int, metavar="K", help="entries to rank; about 5%% of the data; capped at its size")
+    group.add_argument("--tau-s", type=float, help="the student's temperature, and MoCo's")
+    group.add_argument("--tau-t", type=float, help="the teacher's temperature; lower: more like contrastive learning; higher: more about neighbours")
+    group.add_argument("--seed", type=int, default=0, help="of weights, views, order and subset")
+    group = parser.add_argument_group("the run")
+    group.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/DATASET-METHOD-ARCH)")
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on a GPU that has it, else fp16 there, fp32 on a CPU; the loss is float32 always")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks; pays off in long runs")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    group.add_argument("--eval-every", type=int, help="epochs between two looks at kNN; 0: none")
+    group.add_argument("--compare", action="store_true", help="also train the same student by MoCo-v2 and with labels, for the table")
+    return parser.parse_args(argv)
+
+
+def resolve(args, method, **changes):
+    """All settings of one stage: the data set's recipe, the method's entries, the flags, the stage's own changes."""
+    name = "cifar" if args.dataset.startswith("cifar") else args.dataset
+    if name == "folder" and (args.image_size or 224) > SMALL:
+        name = "imagenet"
+    recipe = RECIPES[name]["common"] | RECIPES[name].get(method, {})
+    flags = {key: value for key, value in vars(args).items() if value is not None and (method == args.method or key not in OF_THE_METHOD)}
+    s = SimpleNamespace(**(dict(subset=None, max_steps=None, teacher=None, out=None) | recipe | flags | dict(method=method) | changes))
+    for key in ("epochs", "teacher_epochs", "batch_size", "image_size", "queue_size", "dim", "subset", "max_steps", "lr", "tau_s", "tau_t"):
+        if getattr(s, key) is not None and not getattr(s, key) > 0:
+            raise InputError(f"--{key.replace('_', '-')} must be above 0, got {getattr(s, key)}")
+    for key in ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed"):
+        if getattr(s, key) is not None and not getattr(s, key) >= 0:
+            raise InputError(f"--{key.replace('_', '-')} must not be negative, got {getattr(s, key)}")
+    s.out = s.out or f"runs/{s.dataset}-{s.method}-{s.arch}"
+    return s
+
+
+def identity(s, data):
+    """What makes a run this run and no other: its settings and a hash of its data; plain values, as JSON keeps them."""
+    return json.loads(json.dumps({k: v for k, v in vars(s).items() if k not in MAY_CHANGE} | {"pictures": data.key}))
+
+
+# ---------------------------------------------------------------------------------------- the process group
+def join_team(device):
+    """This process's rank, the number of ranks, and its device; torchrun says so in the environment."""
+    rank, ranks, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(device)
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"{local + 1} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    elif device.type == "cuda" and torch.cuda.device_count() > 1:
+        print(f"note: {torch.cuda.device_count() - 1} GPUs stand idle; torchrun --nproc_per_node={torch.cuda.device_count()} {' '.join(sys.argv)}")
+    return SimpleNamespace(rank=rank, ranks=ranks, device=device, first=rank == 0)
+
+
+def is_first():
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(*words, **options):
+    """Print, once and not from every rank."""
+    if is_first():
+        print(*words, **options, flush=True)
+
+
+def autocast_dtype(precision, device):
+    """The dtype networks compute in, or None for float32."""
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+
+
+# --------------------------------------------------------------------------------------------- the batches
+def plan(n, s, team, start, stop):
+    """(epoch, this rank's picture numbers) for each step.  An epoch's order follows from (seed, epoch); of each global
+    batch rank r takes every W-th picture from r on, so any number of ranks sees the same batches."""
+    per_epoch, order = n // s.batch_size, None
+    for step in range(start, stop):
+        epoch, k = divmod(step, per_epoch)
+        if order is None or k == 0:
+            order = np.random.default_rng((s.seed, epoch)).permutation(n)
+        yield epoch, order[k * s.batch_size:(k + 1) * s.batch_size][team.rank::team.ranks]
+
+
+def batches(train, s, team, views, start, stop):
+    """Views on the device: (list of `views` float [B, 3, S, S], labels int64 [B] or None) for each step.
+
+    Decoded pictures lie on the device, and a batch is an index.  From disk, workers send crops, uint8, and all that
+    follows the crop happens on the device.
+    """
+    steps = plan(len(train), s, team, start, stop)
+    if train.pixels is not None:
+        pixels, scale = train.pixels.to(team.device), s.crop_scale
+        source = (([pixels[torch.from_numpy(index).to(team.device)]] * views, epoch, index) for epoch, index in steps)
+    else:
+        scale = None                                                            # cut out already
+        loader = DataLoader(Crops(train.files, s.image_size, views, s.seed, s.crop_scale), num_workers=s.workers,
+                            batch_sampler=([(epoch, int(i)) for i in index] for epoch, index in steps), pin_memory=team.device.type == "cuda")
+        source = ((crops.to(team.device, non_blocking=True).unbind(1), int(epoch[0]), index.numpy()) for crops, epoch, index in loader)
+    for crops, epoch, index in source:
+        yield [augment(crop, uniforms(s.seed, epoch, index, view), s.image_size, scale, s.blur).contiguous(memory_format=torch.channels_last)
+               for view, crop in enumerate(crops)], None if train.labels is None else train.labels[index].to(team.device)
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+def build(s, data, teacher, team):
+    """The method with its networks, on the device; every rank builds the same weights."""
+    torch.manual_seed(s.seed)
+    encoder = Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size)
+    if s.method == "seed":
+        method = SEED(encoder, teacher, s.queue_size, s.tau_s, s.tau_t)
+    elif s.method == "moco":
+        parts = max(1, min(8, s.batch_size // team.ranks // 32))                # batch norm over about 32, as on 8 GPUs
+        method = MoCo(encoder, s.queue_size, s.key_momentum, s.tau_s, parts)
+    else:
+        method = Supervised(encoder, len(data.classes))
+    return method.to(team.device, memory_format=torch.channels_last).train()
+
+
+def rate_at(step, s, per_epoch):
+    """Learning rate: linear warm-up, then half a cosine down to 0; scaled with the batch."""
+    warmup, total = s.warmup_epochs * per_epoch, s.epochs * per_epoch
+    peak = s.lr * s.batch_size / 256
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def train(s, data, team, teacher=None):
+    """Train one network by `s.method`; resumes where its folder was left.  Returns the seconds of training so far."""
+    per_epoch, dtype = len(data.train) // s.batch_size, autocast_dtype(s.precision, team.device)
+    total = min(s.epochs * per_epoch, s.max_steps or math.inf)
+    method = build(s, data, teacher, team)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    scaler = torch.amp.GradScaler(team.device.type, enabled=dtype == torch.float16)
+    folder = RunFolder(s, data, method, optimizer, scaler)
+    start, seconds = folder.resume()
+    if start >= total:
+        say(f"finished before: {start} steps, {folder.path}/encoder.pt; to train anew delete {folder.path} or name another --out")
+        return seconds
+    if s.compile:
+        for network in [method.encoder] + ([teacher] if teacher else []):
+            network.compile()
+    model = DistributedDataParallel(method, broadcast_buffers=False) if team.ranks > 1 else method
+    stream, progress = batches(data.train, s, team, method.views_needed, start, total), Progress(s, folder, start, total, per_epoch, seconds)
+
+    for step in range(start, total):
+        views, labels = progress.wait_for(stream)                               # a list of [B, 3, S, S]; [B]
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, s, per_epoch)
+        torch.manual_seed(hash((s.seed, step, team.rank)))                      # for dropout and MoCo's shuffle
+        with torch.autocast(team.device.type, dtype=dtype, enabled=dtype is not None):
+            loss, stats = model(views, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        method.finish_step()                                                    # now the queue may move
+
+        progress.add(loss, stats)
+        epoch, rest = divmod(step + 1, per_epoch)
+        pause = rest == 0 or step + 1 == total
+        if pause or (step + 1) % LOG_EVERY == 0:
+            look = s.eval_every and rest == 0 and epoch % s.eval_every == 0 and data.judged
+            progress.row(step + 1, optimizer.param_groups[0]["lr"],
+                         lambda: evaluate(method.encoder, data, team.device, s.workers, dtype, LOOK_AT, linear=False)["knn"] if look else None)
+        if pause:
+            folder.save(step + 1, progress.seconds)
+            progress.resume_clock()
+    return progress.seconds
+
+
+class RunFolder:
+    """What a run leaves on disk: args.json, views.png, last.pt (to resume), encoder.pt (to take away)."""
+
+    def __init__(self, s, data, method, optimizer, scaler):
+        self.path, self.s, self.data = Path(s.out), s, data
+        self.parts, self.teacher = dict(method=method, optimizer=optimizer, scaler=scaler), getattr(method, "teacher", None)
+        self.identity = identity(s, data) | {"teacher": self.teacher and fingerprint(self.teacher)}
+
+    def resume(self):
+        """(steps done, seconds spent); (0, 0) in a new folder.  InputError if the folder holds another run."""
+        last = self.path / "last.pt"
+        if not last.exists():
+            if is_first():
+                self.path.mkdir(parents=True, exist_ok=True)
+                (self.path / "args.json").write_text(json.dumps(vars(self.s), indent=1) + "\n")
+                save_views(self.path / "views.png", self.data, self.s.crop_scale, self.s.blur, self.s.seed)
+            return 0, 0.0
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        there, here = json.loads(state["identity"]), self.identity
+        other = [f"{key} {there.get(key)} there, {here.get(key)} here" for key in here | there if there.get(key) != here.get(key)]
+        if other:
+            raise InputError(f"{self.path} holds a run with other settings ({'; '.join(other)}); use the same ones or another --out")
+        self.parts["method"].load_state_dict(state["method"], strict=False)     # all but the frozen teacher
+        self.parts["optimizer"].load_state_dict(state["optimizer"])
+        self.parts["scaler"].load_state_dict(state["scaler"])
+        return state["step"], state["seconds"]
+
+    def save(self, step, seconds):
+        """Write last.pt aside and rename it, so that a kill at any moment leaves a whole one; then encoder.pt."""
+        if is_first():
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state["method"] = {key: value for key, value in state["method"].items() if not key.startswith("teacher.")}
+            torch.save(state | dict(step=step, seconds=seconds, identity=json.dumps(self.identity)), self.path / "last.pt.tmp")
+            os.replace(self.path / "last.pt.tmp", self.path / "last.pt")
+            how = dict(seed="SEED", moco="MoCo-v2", supervised="supervised")[self.s.method]
+            made = f"{how}, {step // (len(self.data.train) // self.s.batch_size)} epochs on {self.data.name}"
+            labels_seen = self.teacher.labels_seen if self.teacher else self.s.method == "supervised"
+            if self.teacher:
+                made += f", teacher: {self.teacher.made}"
+            save_encoder(self.path / "encoder.pt", self.parts["method"].encoder, made, labels_seen)
+
+
+def fingerprint(module):
+    """A hash of all weights and buffers."""
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+class Progress:
+    """What a run says: rows of log.csv (means over the steps since the last row) and a line on the screen."""
+
+    def __init__(self, s, folder, start, total, per_epoch, seconds):
+        self.s, self.file, self.total, self.per_epoch, self.seconds = s, folder.path / "log.csv", total, per_epoch, seconds
+        self.start, self.sums, self.count, self.waited, self.printed = start, {}, 0, 0.0, 0.0
+        self.rows = [row for row in read_csv(self.file) if int(row["step"]) <= start] if start else []
+        self.resume_clock()
+        if start:
+            say(f"resuming at step {start} of {total}")
+
+    def resume_clock(self):
+        self.clock = time.perf_counter()
+
+    def wait_for(self, stream):
+        """The next batch; counts the time that it was waited for."""
+        before = time.perf_counter()
+        batch = next(stream)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def add(self, loss, stats):
+        """Count one step in; stays on the device, so nothing waits."""
+        for name, value in (dict(loss=loss.detach()) | stats).items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.count += 1
+
+    def row(self, step, lr, judge):
+        """Write a row and maybe a line; `judge()` gives kNN or None, its time not counted as training."""
+        means = {name: (value / self.count).item() for name, value in self.sums.items()}
+        if not math.isfinite(means["loss"]):
+            raise InputError(f"the loss is not finite at step {step}; lower --lr, raise --warmup-epochs, or use --precision fp32")
+        took = time.perf_counter() - self.clock
+        self.seconds += took
+        values = dict(step=step, epoch=step / self.per_epoch) | means | dict(lr=lr, images_per_s=self.count * self.s.batch_size / took,
+                                                                            waiting=self.waited / took, knn=judge())
+        self.rows.append({key: "" if value is None else f"{value:.6g}" for key, value in values.items()})
+        self.sums, self.count, self.waited = {}, 0, 0.0
+        if is_first():
+            with open(self.file, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.rows[-1])
+                writer.writeheader()
+                writer.writerows(self.rows)
+            self.line(**values)
+        self.resume_clock()
+
+    def line(self, step, epoch, loss, lr, images_per_s, waiting, knn, kl=None, **others):
+        """One line: rewritten in place on a terminal; in a pipe a new one every ten seconds and at each look at kNN."""
+        left = (self.total - step) * self.s.batch_size / images_per_s
+        text = (f"{step / self.total:4.0%}  epoch {epoch:.1f}/{self.s.epochs}  loss {loss:.3f}" + (f"  KL {kl:.3f}" if kl is not None else "")
+                + f"  lr {lr:.3g}  {images_per_s:.0f} images/s  waiting {waiting:.0%}  ETA {int(left) // 60}:{int(left) % 60:02d}"
+                + (f"  kNN {knn:.1f}%" if knn is not None else ""))
+        keep = knn is not None or step == self.total
+        if sys.stdout.isatty():
+            print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
+        elif keep or time.perf_counter() - self.printed > 10:
+            print(text, flush=True)
+            self.printed = time.perf_counter()
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------------------------- the stages
+def open_data(s, team):
+    """The data set; rank 0 comes first where something may have to be downloaded."""
+    ahead = team.ranks > 1 and s.dataset.startswith("cifar")
+    if ahead and not team.first:
+        dist.barrier()
+    data = load_data(s.dataset, s.data, s.image_size, s.subset, s.seed)
+    if ahead and team.first:
+        dist.barrier()
+    return data
+
+
+def check(s, data, team):
+    """Refuse what cannot work before anything is trained; cap what is too long."""
+    if s.batch_size > len(data.train):
+        raise InputError(f"--batch-size {s.batch_size} is larger than the {len(data.train):,} training pictures")
+    if s.batch_size % team.ranks or s.batch_size < 2 * team.ranks:
+        raise InputError(f"--batch-size {s.batch_size} must be a multiple of the {team.ranks} processes, with 2 pictures each at least")
+    if s.method == "supervised" and not data.classes:
+        raise InputError(f"training with labels needs them, and {s.data} has none; use class folders, or --teacher-method moco")
+    if s.queue_size > len(data.train):
+        say(f"note: the queue of {s.queue_size:,} is capped at the {len(data.train):,} training pictures")
+        s.queue_size = len(data.train)
+
+
+def get_teacher(args, s, data, team):
+    """The frozen teacher: from a file, or trained here first and kept for the next student.  Also its seconds."""
+    if not args.teacher and s.dataset == "imagenet":
+        raise InputError(f"no --teacher: use a published one, --teacher {PUBLISHED}, or train one for some days: torchrun "
+                         f"--nproc_per_node=8 train.py --method moco --arch resnet50 --dataset imagenet --data {s.data}")
+    path, seconds = args.teacher, None
+    if not path:
+        t = resolve(args, s.teacher_method, arch=s.teacher_arch, epochs=s.teacher_epochs, hidden_dim=None, dim=s.dim)
+        check(t, data, team)
+        key = hashlib.sha256(json.dumps(identity(t, data) | dict(max_steps=t.max_steps), sort_keys=True).encode()).hexdigest()[:8]
+        t.out = f"runs/teachers/{t.dataset}-{t.method}-{t.arch}-{key}"
+        say(f"\nstage 1: no --teacher given, so a {t.arch} is trained on the same pictures, {with_labels(t.method == 'supervised')}; kept in {t.out}")
+        announce(t)
+        seconds, path = train(t, data, team), f"{t.out}/encoder.pt"
+        if team.ranks > 1:
+            dist.barrier()
+    elif path.startswith("http") and team.ranks > 1 and not team.first:
+        dist.barrier()                                                          # rank 0 downloads
+    teacher = load_teacher(path, s.teacher_arch if args.teacher_arch else None)
+    if args.teacher and path.startswith("http") and team.ranks > 1 and team.first:
+        dist.barrier()
+    teacher.image_size = s.image_size
+    teacher.dry_run(teacher.width)
+    return teacher.to(team.device, memory_format=torch.channels_last), seconds
+
+
+def with_labels(seen):
+    return {True: "WITH the labels of the training pictures", False: "without labels", None: "labels unknown"}[seen]
+
+
+def announce(s):
+    """Print the resolved settings of a stage."""
+    shown = {key: value for key, value in vars(s).items() if key not in ("method", "arch", "out", "compare", "teacher") and not key.startswith("teacher_")}
+    words, line = [f"{key}={value}" for key, value in sorted(shown.items()) if value is not None], "  "
+    for word in words:
+        if len(line) + len(word) > 110:
+            say(line)
+            line = "  "
+        line += word + " "
+    say(line)
+
+
+def table(rows, data, s, team, out):
+    """Judge every row's encoder and print the table; kept as results.json.  rows: (name, encoder, seconds)."""
+    most = max(len(data.train), len(data.test))
+    say(f"\njudging on {min(len(data.train), JUDGE_BY):,} training and {min(len(data.test), JUDGE_BY):,} test pictures" +
+        (f" (of {most:,}; probe.py uses all)" if most > JUDGE_BY else ""))
+    results, dtype = [], autocast_dtype(s.precision, team.device)
+    width = max(len(name) for name, *_ in rows)
+    say(f"{'':{width}s}     kNN  linear   seconds")
+    for name, encoder, seconds in rows:
+        result = evaluate(encoder.to(team.device, memory_format=torch.channels_last), data, team.device, s.workers, dtype, JUDGE_BY)
+        percent = [f"{result[key]:.1f}%" if result[key] is not None else "-" for key in ("knn", "linear")]
+        say(f"{name:{width}s}  {percent[0]:>6s}  {percent[1]:>6s}  {'-' if seconds is None else f'{seconds:.0f}':>8s}")
+        results.append(dict(row=name, knn=result["knn"], linear=result["linear"], rate=result["rate"], seconds=seconds))
+        if name.startswith("student, " + s.method):
+            save_neighbours(out / "neighbours.png", result, data.image_size)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    say(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbours.png")
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    team = join_team(args.device)
+    s = resolve(args, args.method)
+    data = open_data(s, team)
+    check(s, data, team)
+    torch.manual_seed(s.seed)
+    rows = [("random initialisation", Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size), None)]
+    say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}")
+
+    teacher = None
+    if s.method == "seed":
+        teacher, seconds = get_teacher(args, s, data, team)
+        if args.dim and args.dim != teacher.dim:
+            raise InputError(f"--dim {args.dim}: the teacher embeds in {teacher.dim} numbers, and so must the student; leave --dim out")
+        s.dim = teacher.dim
+        say(f"\nteacher: {teacher.made}, {with_labels(teacher.labels_seen)}")
+        rows.append((f"teacher, {teacher.arch}", teacher, seconds))
+    students = [s]
+    if args.compare:
+        for method in ("moco", "supervised"):
+            if method != s.method and (data.classes or method == "moco"):
+                students.append(resolve(args, method, out=f"{s.out}/{method}"))
+                check(students[-1], data, team)
+    for stage in students:
+        say(f"\n{'stage 2: ' if teacher is not None and stage is s else ''}{stage.arch} by {stage.method}, in {stage.out}; chance level of the loss: "
+            f"{math.log(stage.queue_size + 1 if stage.method != 'supervised' else len(data.classes)):.2f}")
+        announce(stage)
+        seconds = train(stage, data, team, teacher if stage.method == "seed" else None)
+        rows.append((f"student, {stage.method}", stage.out, seconds))
+    if team.ranks > 1:
+        dist.destroy_process_group()
+    if team.first:
+        rows = [(name, load_teacher(f"{encoder}/encoder.pt") if isinstance(encoder, str) else encoder, seconds) for name, encoder, seconds in rows]
+        table(rows, data, s, team, Path(s.out))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        if is_first():
+            print(report(e), file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory; lower --batch-size or --image-size, or use --precision bf16")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command resumes from the last full epoch")
