@@ -135,8 +135,8 @@ def find_pictures(name, root):
         raise InputError(f"no picture in {tops[0]} (looked for {', '.join(sorted(ENDINGS))})")
 
     # A label is the folder right below the top; where some picture lies in none, or all in one, there are no labels.
-    owners = [[file.relative_to(top).parts[0] if file.parent != top else "" for file in files]
-              for files, top in zip(found, tops)]
+    inside = lambda file, top: os.path.relpath(file, top).split(os.sep)
+    owners = [[inside(file, top)[0] if len(inside(file, top)) > 1 else "" for file in files] for files, top in zip(found, tops)]
     classes = sorted(set(owners[0]))
     if len(classes) < 2 or "" in classes:
         classes = []
@@ -155,8 +155,8 @@ def find_pictures(name, root):
 
 def list_files(top):
     """All picture files below `top`, sorted; hidden ones (such as macOS's ._x.jpg) are left out."""
-    return sorted(Path(folder) / file for folder, _, files in os.walk(top, followlinks=True) for file in files
-                  if Path(file).suffix.lower() in ENDINGS and not file.startswith("."))
+    return sorted(os.path.join(folder, file) for folder, _, files in os.walk(top, followlinks=True) for file in files
+                  if os.path.splitext(file)[1].lower() in ENDINGS and not file.startswith("."))
 
 
 def read_crops(path, size, choose_boxes):
@@ -221,7 +221,7 @@ def draw_shapes(n, split):
     """
     label = torch.arange(n) % len(SHAPE_CLASSES)
     outline, texture, pick = label // len(TEXTURES), label % len(TEXTURES), torch.arange(n)
-    u = torch.cat([uniforms(0, split, pick, view) for view in (0, 1)], dim=1)
+    u = uniforms(0, split, pick)
     column = lambda i: u[:, i, None, None]                                      # [N, 1, 1]
 
     grid = (torch.arange(32) + 0.5) / 16 - 1                                    # pixel centres in -1 .. 1
@@ -267,18 +267,14 @@ def resize(pixels, size):
 
 
 @torch.no_grad()
-def features(encoder, pictures, device="cpu", workers=0, autocast=None):
-    """Backbone features of the pictures' test views: float32 [N, F] on the CPU.  The encoder's mode is left as it was.
-
-    autocast: the dtype to compute in, e.g. torch.bfloat16; None: float32.
-    """
+def features(encoder, pictures, device="cpu", workers=0):
+    """Backbone features of the pictures' test views: float32 [N, F] on the CPU.  The encoder's mode is left as it was."""
     training = encoder.training
     encoder.eval()
     found = []
     for x in plain_views(pictures, encoder.image_size, workers=workers):
         x = x.to(device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(torch.device(device).type, dtype=autocast, enabled=autocast is not None):
-            found.append(encoder.features(x).float().cpu())                     # [B, F]
+        found.append(encoder.features(x).float().cpu())                         # [B, F]
     encoder.train(training)
     return torch.cat(found)
 
@@ -328,7 +324,8 @@ def linear_probe(train_x, train_y, test_x, test_y, rates=(0.001, 0.003, 0.01, 0.
     Features are brought to mean 0 and deviation 1 first, so that one list of rates serves every network.
     Args as `knn`.
     """
-    mean, std = train_x.mean(0), train_x.std(0).clamp(min=1e-6)
+    mean, std = train_x.mean(0), train_x.std(0)
+    std = std.clamp(min=1e-5 * std.max().item() + 1e-30)                        # a constant feature stays at 0
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     classes = int(train_y.max()) + 1
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train_x))).to(train_x.device)
@@ -340,7 +337,7 @@ def linear_probe(train_x, train_y, test_x, test_y, rates=(0.001, 0.003, 0.01, 0.
     return 100 * ((test_x @ w[0] + b[0]).argmax(1) == test_y).float().mean().item(), rate
 
 
-def evaluate(encoder, data, device="cpu", workers=0, autocast=None, limit=None, linear=True):
+def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
     """Judge an encoder on a data set: dict of knn and linear (percent), the probe's rate, pictures used, features.
 
     limit: look at no more than so many pictures of each split (the first ones of a fixed shuffle).
@@ -349,7 +346,7 @@ def evaluate(encoder, data, device="cpu", workers=0, autocast=None, limit=None, 
     shuffled = lambda split: np.random.default_rng(0).permutation(len(split))
     train, test = (split.part(shuffled(split)[:limit]) if limit and len(split) > limit else split for split in (data.train, data.test))
     result = dict(knn=None, linear=None, rate=None, train=train, test=test)
-    x = [features(encoder, split, device, workers, autocast) for split in (train, test)]
+    x = [features(encoder, split, device, workers) for split in (train, test)]
     if data.judged:
         judged = [v.to(device) for v in (x[0], train.labels, x[1], test.labels)]
         result["knn"] = knn(*judged)

@@ -17,7 +17,7 @@ H x W a picture's height and width, U uniform numbers per view.  Each tensor lin
 Departures from the paper and its code, each explained where it happens:
   * tau_t = 0.01 by default; the authors' code says 1e-4, at which the teacher's ranking is all but one-hot;
   * enqueue after backward instead of before: the queue is never cloned;
-  * crops: one clamped draw where torchvision tries ten times; colour operations in one fixed order.
+  * the colour operations of a view come in one fixed order; a crop's box need not lie on whole pixels.
 
 Read on: 1 losses, 2 queue, 3 encoders, 4 teachers, 5 views, 6 methods.  `python seed.py` runs a toy step.
 """
@@ -373,8 +373,9 @@ def copy_weights(module, weights, prefix, place):
 # Randomness is an argument.  All chance in a view is a row of uniform numbers, computed from who asks for it
 # and not drawn from a generator.  So a view depends on (seed, epoch, index, view) alone: not on workers, ranks,
 # or where a run was cut; and each operation below is a pure function that can be held against torchvision's.
-(AREA, RATIO, TOP, LEFT, FLIP, JITTER, BRIGHT, CONTRAST, SATURATE, HUE, GREY, BLUR, SIGMA) = range(13)
-UNIFORMS = 13
+AREA, RATIO = slice(0, 10), slice(10, 20)                               # ten tries each, see `crop_box`
+TOP, LEFT, FLIP, JITTER, BRIGHT, CONTRAST, SATURATE, HUE, GREY, BLUR, SIGMA = range(20, 31)
+UNIFORMS = 31
 
 JITTER_P, GREY_P, BLUR_P, FLIP_P = 0.8, 0.2, 0.5, 0.5                   # MoCo-v2's, which SEED takes over
 STRENGTH, HUE_STRENGTH = 0.4, 0.1                                       # brightness, contrast, saturation; hue
@@ -406,14 +407,14 @@ def uniforms(seed, epoch, index, view=0):
 def crop_box(u, height, width, scale=(0.2, 1.0)):
     """The random resized crop's box, float [B, 4] = top, left, height, width in pixels of an H x W picture.
 
-    Area uniform in `scale` (share of the picture), log aspect ratio uniform in 3/4 .. 4/3, place uniform.  A box
-    that sticks out is clamped; torchvision draws again up to ten times, then falls back: a departure.
-    height, width: numbers, or float [B].
+    Area uniform in `scale` (share of the picture), log aspect ratio uniform in 3/4 .. 4/3, place uniform.  As in
+    torchvision there are ten tries, of which the first that does not stick out counts; if all do, the first is clamped.
     """
-    area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * height * width        # [B]
-    ratio = torch.exp((2 * u[:, RATIO] - 1) * LOG_RATIO)                # [B], width over height
-    h = (area / ratio).sqrt().clamp(max=height)                         # [B]
-    w = (area * ratio).sqrt().clamp(max=width)                          # [B]
+    area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * height * width        # [B, 10]
+    ratio = torch.exp((2 * u[:, RATIO] - 1) * LOG_RATIO)                # [B, 10], width over height
+    h, w = (area / ratio).sqrt(), (area * ratio).sqrt()                 # [B, 10]
+    first = ((h <= height) & (w <= width)).int().argmax(1, keepdim=True)           # [B, 1]; 0 if none fits
+    h, w = h.gather(1, first)[:, 0].clamp(max=height), w.gather(1, first)[:, 0].clamp(max=width)
     return torch.stack([u[:, TOP] * (height - h), u[:, LEFT] * (width - w), h, w], dim=1)  # [B, 4]
 
 

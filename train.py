@@ -18,14 +18,16 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import numpy as np
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -33,6 +35,7 @@ from probe import DATASETS, SMALL, Crops, Parser, evaluate, load_data, pick_devi
 from seed import SEED, Encoder, InputError, MoCo, Supervised, augment, load_teacher, save_encoder, uniforms
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
+NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
 LOG_EVERY = 10                                  # steps between two rows of log.csv
 LOOK_AT, JUDGE_BY = 10_000, 50_000              # pictures of a split used for kNN on the way, and for the table
 
@@ -134,7 +137,7 @@ def join_team(device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     elif device.type == "cuda" and torch.cuda.device_count() > 1:
         print(f"note: {torch.cuda.device_count() - 1} GPUs stand idle; torchrun --nproc_per_node={torch.cuda.device_count()} {' '.join(sys.argv)}")
-    return SimpleNamespace(rank=rank, ranks=ranks, device=device, first=rank == 0)
+    return SimpleNamespace(rank=rank, ranks=ranks, device=device)
 
 
 def is_first():
@@ -220,13 +223,13 @@ def train(s, data, team, teacher=None):
     folder = RunFolder(s, data, method, optimizer, scaler)
     start, seconds = folder.resume()
     if start >= total:
-        say(f"finished before: {start} steps, {folder.path}/encoder.pt; to train anew delete {folder.path} or name another --out")
+        say(f"finished before, after {start} steps: {folder.path}/encoder.pt; delete that folder to train anew")
         return seconds
     if s.compile:
         for network in [method.encoder] + ([teacher] if teacher else []):
             network.compile()
     model = DistributedDataParallel(method, broadcast_buffers=False) if team.ranks > 1 else method
-    stream, progress = batches(data.train, s, team, method.views_needed, start, total), Progress(s, folder, start, total, per_epoch, seconds)
+    stream, progress = batches(data.train, s, team, method.views_needed, start, total), Progress(s, folder.path / "log.csv", start, total, per_epoch, seconds)
 
     for step in range(start, total):
         views, labels = progress.wait_for(stream)                               # a list of [B, 3, S, S]; [B]
@@ -247,10 +250,10 @@ def train(s, data, team, teacher=None):
         if pause or (step + 1) % LOG_EVERY == 0:
             look = s.eval_every and rest == 0 and epoch % s.eval_every == 0 and data.judged
             progress.row(step + 1, optimizer.param_groups[0]["lr"],
-                         lambda: evaluate(method.encoder, data, team.device, s.workers, dtype, LOOK_AT, linear=False)["knn"] if look else None)
+                         lambda: evaluate(method.encoder, data, team.device, s.workers, LOOK_AT, linear=False)["knn"] if look and is_first() else None)
         if pause:
             folder.save(step + 1, progress.seconds)
-            progress.resume_clock()
+            progress.start_clock()
     return progress.seconds
 
 
@@ -276,20 +279,23 @@ class RunFolder:
         other = [f"{key} {there.get(key)} there, {here.get(key)} here" for key in here | there if there.get(key) != here.get(key)]
         if other:
             raise InputError(f"{self.path} holds a run with other settings ({'; '.join(other)}); use the same ones or another --out")
-        self.parts["method"].load_state_dict(state["method"], strict=False)     # all but the frozen teacher
+        self.parts["method"].load_state_dict(self.teacher_weights() | state["method"])
         self.parts["optimizer"].load_state_dict(state["optimizer"])
         self.parts["scaler"].load_state_dict(state["scaler"])
         return state["step"], state["seconds"]
+
+    def teacher_weights(self):
+        """What a checkpoint leaves out: it is frozen, and known by its fingerprint."""
+        return {key: value for key, value in self.parts["method"].state_dict().items() if key.startswith("teacher.")}
 
     def save(self, step, seconds):
         """Write last.pt aside and rename it, so that a kill at any moment leaves a whole one; then encoder.pt."""
         if is_first():
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            state["method"] = {key: value for key, value in state["method"].items() if not key.startswith("teacher.")}
+            state["method"] = {key: state["method"][key] for key in state["method"].keys() - self.teacher_weights().keys()}
             torch.save(state | dict(step=step, seconds=seconds, identity=json.dumps(self.identity)), self.path / "last.pt.tmp")
             os.replace(self.path / "last.pt.tmp", self.path / "last.pt")
-            how = dict(seed="SEED", moco="MoCo-v2", supervised="supervised")[self.s.method]
-            made = f"{how}, {step // (len(self.data.train) // self.s.batch_size)} epochs on {self.data.name}"
+            made = f"{NAMES[self.s.method]}, {step // (len(self.data.train) // self.s.batch_size)} epochs on {self.data.name}"
             labels_seen = self.teacher.labels_seen if self.teacher else self.s.method == "supervised"
             if self.teacher:
                 made += f", teacher: {self.teacher.made}"
@@ -307,15 +313,17 @@ def fingerprint(module):
 class Progress:
     """What a run says: rows of log.csv (means over the steps since the last row) and a line on the screen."""
 
-    def __init__(self, s, folder, start, total, per_epoch, seconds):
-        self.s, self.file, self.total, self.per_epoch, self.seconds = s, folder.path / "log.csv", total, per_epoch, seconds
-        self.start, self.sums, self.count, self.waited, self.printed = start, {}, 0, 0.0, 0.0
-        self.rows = [row for row in read_csv(self.file) if int(row["step"]) <= start] if start else []
-        self.resume_clock()
-        if start:
+    def __init__(self, s, path, start, total, per_epoch, seconds):
+        self.s, self.path, self.total, self.per_epoch, self.seconds = s, path, total, per_epoch, seconds
+        self.sums, self.count, self.waited, self.printed, self.log = {}, 0, 0.0, 0.0, None
+        self.kept = []
+        if start:                                                               # rows after the checkpoint are run again
             say(f"resuming at step {start} of {total}")
+            with open(path, newline="") as file:
+                self.kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+        self.start_clock()
 
-    def resume_clock(self):
+    def start_clock(self):
         self.clock = time.perf_counter()
 
     def wait_for(self, stream):
@@ -338,17 +346,21 @@ class Progress:
             raise InputError(f"the loss is not finite at step {step}; lower --lr, raise --warmup-epochs, or use --precision fp32")
         took = time.perf_counter() - self.clock
         self.seconds += took
-        values = dict(step=step, epoch=step / self.per_epoch) | means | dict(lr=lr, images_per_s=self.count * self.s.batch_size / took,
-                                                                            waiting=self.waited / took, knn=judge())
-        self.rows.append({key: "" if value is None else f"{value:.6g}" for key, value in values.items()})
+        values = dict(step=step, epoch=step / self.per_epoch, **means, lr=lr, images_per_s=self.count * self.s.batch_size / took,
+                      waiting=self.waited / took, knn=judge())
         self.sums, self.count, self.waited = {}, 0, 0.0
         if is_first():
-            with open(self.file, "w", newline="") as file:
-                writer = csv.DictWriter(file, self.rows[-1])
-                writer.writeheader()
-                writer.writerows(self.rows)
+            self.write({key: "" if value is None else f"{value:.6g}" for key, value in values.items()})
             self.line(**values)
-        self.resume_clock()
+        self.start_clock()
+
+    def write(self, row):
+        if self.log is None:
+            file = open(self.path, "w", newline="", buffering=1)                # a line at a time: nothing is lost
+            self.log = csv.DictWriter(file, row)
+            self.log.writeheader()
+            self.log.writerows(self.kept)
+        self.log.writerow(row)
 
     def line(self, step, epoch, loss, lr, images_per_s, waiting, knn, kl=None, **others):
         """One line: rewritten in place on a terminal; in a pipe a new one every ten seconds and at each look at kNN."""
@@ -364,21 +376,15 @@ class Progress:
             self.printed = time.perf_counter()
 
 
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 # ---------------------------------------------------------------------------------------------- the stages
-def open_data(s, team):
-    """The data set; rank 0 comes first where something may have to be downloaded."""
-    ahead = team.ranks > 1 and s.dataset.startswith("cifar")
-    if ahead and not team.first:
+@contextmanager
+def first_goes_first():
+    """Rank 0 runs the block before the others do: what it downloads or writes, they find."""
+    if dist.is_initialized() and not is_first():
         dist.barrier()
-    data = load_data(s.dataset, s.data, s.image_size, s.subset, s.seed)
-    if ahead and team.first:
+    yield
+    if dist.is_initialized() and is_first():
         dist.barrier()
-    return data
 
 
 def check(s, data, team):
@@ -406,15 +412,10 @@ def get_teacher(args, s, data, team):
         key = hashlib.sha256(json.dumps(identity(t, data) | dict(max_steps=t.max_steps), sort_keys=True).encode()).hexdigest()[:8]
         t.out = f"runs/teachers/{t.dataset}-{t.method}-{t.arch}-{key}"
         say(f"\nstage 1: no --teacher given, so a {t.arch} is trained on the same pictures, {with_labels(t.method == 'supervised')}; kept in {t.out}")
-        announce(t)
+        announce(t, data)
         seconds, path = train(t, data, team), f"{t.out}/encoder.pt"
-        if team.ranks > 1:
-            dist.barrier()
-    elif path.startswith("http") and team.ranks > 1 and not team.first:
-        dist.barrier()                                                          # rank 0 downloads
-    teacher = load_teacher(path, s.teacher_arch if args.teacher_arch else None)
-    if args.teacher and path.startswith("http") and team.ranks > 1 and team.first:
-        dist.barrier()
+    with first_goes_first():
+        teacher = load_teacher(path, args.teacher_arch)
     teacher.image_size = s.image_size
     teacher.dry_run(teacher.width)
     return teacher.to(team.device, memory_format=torch.channels_last), seconds
@@ -424,32 +425,29 @@ def with_labels(seen):
     return {True: "WITH the labels of the training pictures", False: "without labels", None: "labels unknown"}[seen]
 
 
-def announce(s):
-    """Print the resolved settings of a stage."""
-    shown = {key: value for key, value in vars(s).items() if key not in ("method", "arch", "out", "compare", "teacher") and not key.startswith("teacher_")}
-    words, line = [f"{key}={value}" for key, value in sorted(shown.items()) if value is not None], "  "
-    for word in words:
-        if len(line) + len(word) > 110:
-            say(line)
-            line = "  "
-        line += word + " "
-    say(line)
+def announce(s, data):
+    """Print the resolved settings of a stage, and what its figures mean."""
+    hidden = ("method", "arch", "out", "compare", "teacher", "data", "dataset")
+    words = [f"{key}={value}" for key, value in sorted(vars(s).items()) if value is not None and key not in hidden and not key.startswith("teacher_")]
+    say(textwrap.fill(" ".join(words), 116, initial_indent="  ", subsequent_indent="  "))
+    choices = len(data.classes) if s.method == "supervised" else s.queue_size + 1
+    say(f"  a guess among {choices:,} costs a loss of {math.log(choices):.2f}" + (f"; kNN on the way looks at {LOOK_AT:,} pictures" if len(data.train) > LOOK_AT else ""))
 
 
-def table(rows, data, s, team, out):
-    """Judge every row's encoder and print the table; kept as results.json.  rows: (name, encoder, seconds)."""
-    most = max(len(data.train), len(data.test))
-    say(f"\njudging on {min(len(data.train), JUDGE_BY):,} training and {min(len(data.test), JUDGE_BY):,} test pictures" +
-        (f" (of {most:,}; probe.py uses all)" if most > JUDGE_BY else ""))
-    results, dtype = [], autocast_dtype(s.precision, team.device)
-    width = max(len(name) for name, *_ in rows)
-    say(f"{'':{width}s}     kNN  linear   seconds")
-    for name, encoder, seconds in rows:
-        result = evaluate(encoder.to(team.device, memory_format=torch.channels_last), data, team.device, s.workers, dtype, JUDGE_BY)
-        percent = [f"{result[key]:.1f}%" if result[key] is not None else "-" for key in ("knn", "linear")]
-        say(f"{name:{width}s}  {percent[0]:>6s}  {percent[1]:>6s}  {'-' if seconds is None else f'{seconds:.0f}':>8s}")
-        results.append(dict(row=name, knn=result["knn"], linear=result["linear"], rate=result["rate"], seconds=seconds))
-        if name.startswith("student, " + s.method):
+def table(rows, data, s, team):
+    """Judge every row's encoder, print the table and keep it as results.json."""
+    part = [f"{min(len(split), JUDGE_BY):,}" for split in (data.train, data.test)]
+    say(f"\njudging by {part[0]} training and {part[1]} test pictures" + (f" of {len(data.train):,}; probe.py takes all" if len(data.train) > JUDGE_BY else ""))
+    width, out, results = max(len(row["name"]) for row in rows), Path(s.out), []
+    say(f"{'':{width}s}     kNN  linear  seconds  labels seen")
+    for row in rows:
+        encoder = row.pop("encoder")
+        encoder = load_teacher(encoder) if isinstance(encoder, Path) else encoder
+        result = evaluate(encoder.to(team.device, memory_format=torch.channels_last), data, team.device, s.workers, JUDGE_BY)
+        cells = [f"{result[key]:.1f}%" if result[key] is not None else "-" for key in ("knn", "linear")] + [f"{row['seconds']:.0f}" if row["seconds"] else "-"]
+        say(f"{row['name']:{width}s}  {cells[0]:>6s}  {cells[1]:>6s}  {cells[2]:>7s}  {row['labels']}")
+        results.append(row | {key: result[key] for key in ("knn", "linear", "rate")})
+        if row["name"].endswith(f"by {NAMES[s.method]}"):
             save_neighbours(out / "neighbours.png", result, data.image_size)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     say(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbours.png")
@@ -459,37 +457,37 @@ def main(argv=None):
     args = parse_flags(argv)
     team = join_team(args.device)
     s = resolve(args, args.method)
-    data = open_data(s, team)
+    with first_goes_first():
+        data = load_data(s.dataset, s.data, s.image_size, s.subset, s.seed)
+    say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}")
     check(s, data, team)
     torch.manual_seed(s.seed)
-    rows = [("random initialisation", Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size), None)]
-    say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}")
+    untrained = Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size)     # also refuses bad names early
+    rows = [dict(name=f"{s.arch}, untrained", encoder=untrained, seconds=None, labels="no")]
 
-    teacher = None
+    teacher, word = None, {True: "yes", False: "no", None: "unknown"}
     if s.method == "seed":
         teacher, seconds = get_teacher(args, s, data, team)
         if args.dim and args.dim != teacher.dim:
             raise InputError(f"--dim {args.dim}: the teacher embeds in {teacher.dim} numbers, and so must the student; leave --dim out")
         s.dim = teacher.dim
         say(f"\nteacher: {teacher.made}, {with_labels(teacher.labels_seen)}")
-        rows.append((f"teacher, {teacher.arch}", teacher, seconds))
+        rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds, labels=word[teacher.labels_seen]))
     students = [s]
     if args.compare:
-        for method in ("moco", "supervised"):
-            if method != s.method and (data.classes or method == "moco"):
-                students.append(resolve(args, method, out=f"{s.out}/{method}"))
-                check(students[-1], data, team)
-    for stage in students:
-        say(f"\n{'stage 2: ' if teacher is not None and stage is s else ''}{stage.arch} by {stage.method}, in {stage.out}; chance level of the loss: "
-            f"{math.log(stage.queue_size + 1 if stage.method != 'supervised' else len(data.classes)):.2f}")
-        announce(stage)
-        seconds = train(stage, data, team, teacher if stage.method == "seed" else None)
-        rows.append((f"student, {stage.method}", stage.out, seconds))
-    if team.ranks > 1:
+        others = [method for method in ("moco", "supervised") if method != s.method and (method == "moco" or data.classes)]
+        students += [resolve(args, method, out=f"{s.out}/{method}") for method in others]
+    for t in students:
+        say(f"\n{'stage 2: ' if teacher and t is s else ''}{t.arch} by {NAMES[t.method]}, in {t.out}")
+        check(t, data, team)
+        announce(t, data)
+        seconds = train(t, data, team, teacher if t.method == "seed" else None)
+        seen = "by its teacher" if t.method == "seed" and teacher.labels_seen else word[t.method == "supervised"]
+        rows.append(dict(name=f"{t.arch} by {NAMES[t.method]}", encoder=Path(t.out) / "encoder.pt", seconds=seconds, labels=seen))
+    if dist.is_initialized():
         dist.destroy_process_group()
-    if team.first:
-        rows = [(name, load_teacher(f"{encoder}/encoder.pt") if isinstance(encoder, str) else encoder, seconds) for name, encoder, seconds in rows]
-        table(rows, data, s, team, Path(s.out))
+    if is_first():
+        table(rows, data, s, team)
 
 
 if __name__ == "__main__":
