@@ -408,13 +408,16 @@ def crop_box(u, height, width, scale=(0.2, 1.0)):
     """The random resized crop's box, float [B, 4] = top, left, height, width in pixels of an H x W picture.
 
     Area uniform in `scale` (share of the picture), log aspect ratio uniform in 3/4 .. 4/3, place uniform.  As in
-    torchvision there are ten tries, of which the first that does not stick out counts; if all do, the first is clamped.
+    torchvision there are ten tries, of which the first that does not stick out counts; else the largest box of such a shape.
     """
     area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * height * width        # [B, 10]
     ratio = torch.exp((2 * u[:, RATIO] - 1) * LOG_RATIO)                # [B, 10], width over height
     h, w = (area / ratio).sqrt(), (area * ratio).sqrt()                 # [B, 10]
-    first = ((h <= height) & (w <= width)).int().argmax(1, keepdim=True)           # [B, 1]; 0 if none fits
-    h, w = h.gather(1, first)[:, 0].clamp(max=height), w.gather(1, first)[:, 0].clamp(max=width)
+    fits = (h <= height) & (w <= width)
+    h = torch.where(fits, h, min(height, width * 4 / 3))
+    w = torch.where(fits, w, min(width, height * 4 / 3))
+    first = fits.int().argmax(1, keepdim=True)                          # [B, 1]; 0 if none fits
+    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]           # [B]
     return torch.stack([u[:, TOP] * (height - h), u[:, LEFT] * (width - w), h, w], dim=1)  # [B, 4]
 
 

@@ -551,7 +551,7 @@ def test_a_view_leaves_the_pictures_alone_and_reads_bytes_as_floats():
         augment(images, u[:2], 24)
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (300, 400), (500, 200)])
+@pytest.mark.parametrize("height, width", [(320, 320), (300, 400), (500, 200)])
 def test_crop_boxes_have_torchvisions_distribution(height, width):
     """Area 0.2-1 of the picture, aspect ratio 3/4-4/3, anywhere inside it: larger crops make an easier, worse task."""
     u = torch.cat([uniforms(0, epoch, range(5000)) for epoch in range(2)])
