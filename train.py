@@ -61,42 +61,50 @@ MAY_CHANGE = ("workers", "device", "eval_every", "max_steps", "compare", "data",
 
 def parse_flags(argv=None):
     """The flags as given; None where the recipe decides."""
-    parser = Parser(description=__doc__, epilog="Defaults that a recipe sets are printed at the start of a run.")
-    group = parser.add_argument_group("what to train")
-    group.add_argument("--method", choices=("seed", "moco", "supervised"), default="seed", help="seed distils; moco is the baseline and makes teachers; supervised is the upper bound")
-    group.add_argument("--arch", default="mobilenet_v3_large", help="the network to train: a torchvision classification network")
-    group.add_argument("--dim", type=int, help="width of the embedding; SEED takes the teacher's")
-    group.add_argument("--hidden-dim", type=int, help="hidden width of the projection head; 0: none; the backbone's width by default, 2048 often does better for ResNet-18")
-    group.add_argument("--small-images", action=argparse.BooleanOptionalAction, help="keep the stem's resolution, for pictures of 32-64 px: much better and much slower; wants a GPU")
-    group = parser.add_argument_group("the teacher")
-    group.add_argument("--teacher", metavar="PATH_OR_URL", help="a checkpoint; without it one is trained first, on the same data")
-    group.add_argument("--teacher-arch", help="its network, where the file does not say it, or the network to train")
-    group.add_argument("--teacher-method", choices=("moco", "supervised"), help="how to train it; supervised looks at labels, and says so")
-    group.add_argument("--teacher-epochs", type=int, help="how long to train it")
-    group = parser.add_argument_group("the data")
-    group.add_argument("--dataset", choices=DATASETS, default="shapes", help="shapes is drawn in code; folder is any directory of pictures")
-    group.add_argument("--data", default="data", metavar="DIR", help="where the pictures are; CIFAR is downloaded there")
-    group.add_argument("--image-size", type=int, help=f"side of a view in pixels; up to {SMALL} the data set is kept in memory")
-    group.add_argument("--subset", type=int, metavar="N", help="train on N pictures, chosen by the seed")
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read pictures from disk; raise it if the run waits for data")
-    group = parser.add_argument_group("the optimisation")
-    group.add_argument("--epochs", type=int, help="passes over the data; small networks gain from more")
-    group.add_argument("--max-steps", type=int, help="stop each stage after so many steps; the schedule stays that of the whole run")
-    group.add_argument("--batch-size", type=int, help="pictures a step, over all processes")
-    group.add_argument("--lr", type=float, help="learning rate at batch 256; scaled by batch/256")
-    group.add_argument("--weight-decay", type=float, help="on everything, as in the paper")
-    group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up; raise it if the loss explodes early")
-    group.add_argument("--queue-size", type=int, metavar="K", help="entries to rank; about 5%% of the data; capped at its size")
-    group.add_argument("--tau-s", type=float, help="the student's temperature, and MoCo's")
-    group.add_argument("--tau-t", type=float, help="the teacher's temperature; lower: more like contrastive learning; higher: more about neighbours")
-    group.add_argument("--seed", type=int, default=0, help="of weights, views, order and subset")
-    group = parser.add_argument_group("the run")
-    group.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/DATASET-METHOD-ARCH)")
-    group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on a GPU that has it, else fp16 there, fp32 on a CPU; the loss is float32 always")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks; pays off in long runs")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    group.add_argument("--eval-every", type=int, help="epochs between two looks at kNN; 0: none")
-    group.add_argument("--compare", action="store_true", help="also train the same student by MoCo-v2 and with labels, for the table")
+    parser = Parser(description=__doc__, epilog="Where no default is shown, the data set's recipe decides; a run prints what it uses.")
+    flag = parser.add_argument_group("what to train").add_argument
+    flag("--method", choices=tuple(NAMES), default="seed",
+         help="seed distils; moco is the baseline and makes teachers without labels; supervised is the upper bound")
+    flag("--arch", default="mobilenet_v3_large", help="a torchvision classification network")
+    flag("--dim", type=int, help="width of the embedding; a student takes its teacher's")
+    flag("--hidden-dim", type=int, help="hidden width of the projection head; 0: none; as wide as the features if not given; "
+         "2048 did better for ResNet-18 on ImageNet")
+    flag("--small-images", action=argparse.BooleanOptionalAction,
+         help="keep the stem's resolution, for 32-64 px: much better and much slower, so give it a GPU")
+
+    flag = parser.add_argument_group("the teacher").add_argument
+    flag("--teacher", metavar="PATH_OR_URL", help="a checkpoint; without it one is trained first, on the same data")
+    flag("--teacher-arch", help="its network where the file does not say; or the network to train")
+    flag("--teacher-method", choices=("moco", "supervised"), help="how to train it; supervised looks at labels, and says so")
+    flag("--teacher-epochs", type=int, help="how long to train it; a better teacher makes a better student")
+
+    flag = parser.add_argument_group("the data").add_argument
+    flag("--dataset", choices=DATASETS, default="shapes", help="shapes is drawn in code; folder is any directory of pictures")
+    flag("--data", default="data", metavar="DIR", help="where the pictures are; CIFAR is downloaded there")
+    flag("--image-size", type=int, help=f"side of a view in pixels; up to {SMALL} the data set is kept in memory")
+    flag("--subset", type=int, metavar="N", help="train on N pictures, chosen by the seed")
+    flag("--workers", type=int, help="processes that read pictures from disk; raise it if the run waits for data")
+
+    flag = parser.add_argument_group("the optimisation").add_argument
+    flag("--epochs", type=int, help="passes over the data; small networks gain from more")
+    flag("--max-steps", type=int, help="stop each stage after so many steps; the schedule stays that of the whole run")
+    flag("--batch-size", type=int, help="pictures a step, over all processes")
+    flag("--lr", type=float, help="learning rate at batch 256; scaled by batch/256")
+    flag("--weight-decay", type=float, help="on everything, as in the paper")
+    flag("--warmup-epochs", type=float, help="epochs of linear warm-up; raise it if the loss explodes early")
+    flag("--queue-size", type=int, metavar="K", help="entries to rank; about 5%% of the data does; capped at its size")
+    flag("--tau-s", type=float, help="the student's temperature, and MoCo's")
+    flag("--tau-t", type=float, help="the teacher's; lower: more like contrastive learning; higher: more about neighbours")
+    flag("--seed", type=int, default=0, help="of weights, views, order and subset")
+
+    flag = parser.add_argument_group("the run").add_argument
+    flag("--out", metavar="DIR", help="the run's folder; runs/DATASET-METHOD-ARCH if not given")
+    flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+         help="auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU; the loss is float32 always")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks; pays off in long runs")
+    flag("--device", default="auto", help="auto, cpu, cuda or mps")
+    flag("--eval-every", type=int, help="epochs between two looks at kNN; 0: none")
+    flag("--compare", action="store_true", help="also train the same student by MoCo-v2 and with labels, for the table")
     return parser.parse_args(argv)
 
 
@@ -106,15 +114,18 @@ def resolve(args, method, **changes):
     if name == "folder" and (args.image_size or 224) > SMALL:
         name = "imagenet"
     recipe = RECIPES[name]["common"] | RECIPES[name].get(method, {})
-    flags = {key: value for key, value in vars(args).items() if value is not None and (method == args.method or key not in OF_THE_METHOD)}
-    s = SimpleNamespace(**(dict(subset=None, max_steps=None, teacher=None, out=None) | recipe | flags | dict(method=method) | changes))
+    flags = {key: value for key, value in vars(args).items() if method == args.method or key not in OF_THE_METHOD}
+    given = {key: value for key, value in flags.items() if value is not None}
+    s = SimpleNamespace(**(flags | recipe | given | dict(method=method) | changes))
     for key in ("epochs", "teacher_epochs", "batch_size", "image_size", "queue_size", "dim", "subset", "max_steps", "lr", "tau_s", "tau_t"):
-        if getattr(s, key) is not None and not getattr(s, key) > 0:
+        if getattr(s, key) is not None and not 0 < getattr(s, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} must be above 0, got {getattr(s, key)}")
     for key in ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed"):
-        if getattr(s, key) is not None and not getattr(s, key) >= 0:
+        if getattr(s, key) is not None and not 0 <= getattr(s, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} must not be negative, got {getattr(s, key)}")
     s.out = s.out or f"runs/{s.dataset}-{s.method}-{s.arch}"
+    if s.workers is None:
+        s.workers = min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return s
 
 
