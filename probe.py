@@ -459,8 +459,7 @@ def main():
         encoder = load_teacher(args.encoder, args.arch)
         made = encoder.made
         if args.image_size:
-            encoder.image_size = args.image_size
-            encoder.dry_run(encoder.width)
+            encoder.try_size(args.image_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     data = load_data(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
     print(f"{made}\n{data}")

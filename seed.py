@@ -11,18 +11,21 @@ similar is this picture to each of them?  Whoever answers that like the teacher 
                           (frozen)     |
                                        '--> afterwards z_t enters the queue; the oldest entry leaves
 
-Letters: B batch, D embedding width, K queue length, F backbone feature width, S side of a view in pixels,
-H x W a picture's height and width, U uniform numbers per view.  Each tensor line ends in its shape.
+Letters: B batch of a process, R processes (ranks), D embedding width, K queue length, F width of the backbone's
+features, C classes, S side of a view in pixels, H x W a picture's height and width, U uniform numbers per view.
+A line that changes a tensor's shape ends in the new one.
 
-Departures from the paper and its code, each explained where it happens:
-  * tau_t = 0.01 by default; the authors' code says 1e-4, at which the teacher's ranking is all but one-hot;
+Departures from the authors' code, each explained where it happens:
+  * tau_t = 0.01 by default, as in a later re-implementation; the authors' code says 1e-4, at which the teacher's
+    ranking is all but one-hot;
   * enqueue after backward instead of before: the queue is never cloned;
   * the colour operations of a view come in one fixed order; a crop's box need not lie on whole pixels.
 
-Read on: 1 losses, 2 queue, 3 encoders, 4 teachers, 5 views, 6 methods.  `python seed.py` runs a toy step.
+Read on: 1 losses, 2 queue, 3 encoders, 4 teachers, 5 views, 6 methods.  `python seed.py` distils a toy.
 """
 import copy
 import difflib
+import hashlib
 import math
 import os
 import warnings
@@ -47,8 +50,8 @@ class InputError(ValueError):
 @contextmanager
 def exact_float32(device):
     """Float32 products that stay float32: autocast off, and TF32 and bf16 shortcuts off (`.float()` alone is
-    undone by the next matmul).  At tau_t = 0.01 the rounding of bf16 is worth 0.39 of a logit, at 1e-4 it is
-    worth 39: then the teacher's ranking is noise."""
+    undone by the next matmul).  Near 1, bf16 knows steps of 0.0039: at tau_t = 0.01 that is 0.39 of a logit, at
+    1e-4 it is 39, and the teacher's ranking is noise.  (Backward runs outside: gradients follow your settings.)"""
     matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [m.fp32_precision for m in matmuls]
     try:
@@ -61,7 +64,7 @@ def exact_float32(device):
             m.fp32_precision = precision
 
 
-def similarities(z, key, queue, tau):
+def ranking_logits(z, key, queue, tau):
     """Cosine of each z with its own key, then with every queue entry, over tau: float32 logits [B, K+1].
 
     Column 0 is the sample's own key, so D+ has K+1 entries.  Dividing z [B, D] by tau, and not the
@@ -86,14 +89,15 @@ def seed_loss(student, teacher, queue, tau_s=0.2, tau_t=0.01, stats=None):
     Both networks are compared with *teacher* embeddings: the K in the queue and the sample's own z_t.
     Since z_t . z_t = 1 is the largest score there is, a tiny tau_t makes p_t one-hot at that entry, and
     the loss turns into `info_nce` with z_t as the positive.  A larger tau_t says more about neighbours.
-    The loss cannot fall under the teacher's entropy H(p_t); what the student can remove is
-    KL = loss - H(p_t).  The gradient by the student's logits is (p_s - p_t) / B.
+    The loss cannot fall under the teacher's entropy H(p_t); KL = loss - H(p_t) is the part that depends on
+    the student.  It does not reach 0 while tau_s > tau_t: cosines over 0.2 are flatter than cosines over 0.01.
+    The gradient by the student's logits is (p_s - p_t) / B.
 
     Args:
         student: float [B, D], unit rows; the only argument that gets a gradient.
         teacher: float [B, D], unit rows, of the same views.
         queue: float [K, D], unit rows, earlier teacher embeddings, *without* this batch's.
-        tau_s, tau_t: temperatures, above 0 (the paper's code: 0.2; 0.01 follows its re-implementation).
+        tau_s, tau_t: temperatures, above 0.
         stats: a dict to be filled with scalar tensors that diagnose a run: kl and entropy in nats, `own`
             (the teacher's mean weight on the sample's own entry), `agree` (share of samples for which
             both rank the same entry first).
@@ -107,8 +111,8 @@ def seed_loss(student, teacher, queue, tau_s=0.2, tau_t=0.01, stats=None):
     1.983
     """
     teacher, queue = teacher.detach(), queue.detach()
-    p_t = similarities(teacher, teacher, queue, tau_t).softmax(1)       # [B, K+1]
-    log_p_s = similarities(student, teacher, queue, tau_s).log_softmax(1)  # [B, K+1]
+    p_t = ranking_logits(teacher, teacher, queue, tau_t).softmax(1)       # [B, K+1]
+    log_p_s = ranking_logits(student, teacher, queue, tau_s).log_softmax(1)  # [B, K+1]
     loss = -(p_t * log_p_s).sum(1).mean()
     if stats is not None:
         entropy = torch.special.entr(p_t).sum(1).mean()
@@ -125,7 +129,7 @@ def info_nce(query, key, queue, tau=0.2, stats=None):
         `agree`, the share of queries closest to their own key.  Only `query` gets a gradient.
     Returns: scalar float32.  Raises: ValueError as `seed_loss`.
     """
-    logits = similarities(query, key.detach(), queue.detach(), tau)     # [B, K+1]
+    logits = ranking_logits(query, key.detach(), queue.detach(), tau)     # [B, K+1]
     if stats is not None:
         stats.update(agree=(logits.argmax(1) == 0).float().mean())
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
@@ -138,23 +142,23 @@ def world_size():
 
 
 def gather(x):
-    """The global batch [W*B, ...] from each rank's [B, ...], in the order one process would have had it.
+    """The global batch [R*B, ...] from each rank's [B, ...], in the order one process would have had it.
 
-    Rank r holds samples r, r+W, r+2W, ...; so the parts are interleaved, not chained.  No gradient flows.
+    Rank r holds samples r, r+R, r+2R, ...; so the parts are interleaved, not chained.  No gradient flows.
     Every rank must bring the same shape.
     """
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)                      # [B, W, ...] -> [W*B, ...]
+    return torch.stack(parts, dim=1).flatten(0, 1)                      # [B, R, ...] -> [R*B, ...]
 
 
 class FeatureQueue(nn.Module):
     """The last `size` embeddings, first in first out: the points of reference of the ranking (paper: K = 65,536).
 
     Starts as random unit vectors from torch's global generator (seed all ranks alike), which real embeddings
-    have displaced after K/B steps; until then the task is easier than it will be, so the loss may *rise*.
+    have displaced after K/(R*B) steps; until then the task is easier than it will be, so the loss may *rise*.
     Lives in buffers: it moves with `.to()` and is saved by `state_dict()`.
 
     Attributes: features: float32 [size, dim], unit rows; seen: int64 scalar, embeddings ever enqueued.
@@ -174,8 +178,8 @@ class FeatureQueue(nn.Module):
         size, dim = self.features.shape
         if z.ndim != 2 or z.shape[1] != dim:
             raise ValueError(f"the queue holds embeddings [B, {dim}], got {list(z.shape)}")
-        z = gather(z.detach().float())                                  # [W*B, D]
-        slots = (self.seen + torch.arange(len(z), device=z.device)) % size  # [W*B]; wraps around
+        z = gather(z.detach().float())                                  # [R*B, D]
+        slots = (self.seen + torch.arange(len(z), device=z.device)) % size  # [R*B]; wraps around
         self.features[slots[-size:]] = z[-size:]                        # of more than K only the last K stay
         self.seen += len(z)
 
@@ -190,7 +194,7 @@ class Encoder(nn.Module):
     """A torchvision classification network with a projection head in the place of its last Linear layer.
 
     Paper: Linear(F, F) - ReLU - Linear(F, 128), then L2 normalisation; F is the width of whatever the last
-    Linear layer took, for MobileNet-V3 the 1280 behind the classifier's hidden layer.
+    Linear layer took, for MobileNet-V3 the 1280 behind the classifier's hidden layer.  Dropout in front of it stays.
 
     Args:
         arch: a torchvision classification network by name ("mobilenet_v3_large", "resnet18", ...).
@@ -205,37 +209,47 @@ class Encoder(nn.Module):
 
     def __init__(self, arch, dim=128, hidden_dim=None, small_images=False, image_size=224):
         super().__init__()
-        self.arch, self.hidden_dim, self.small_images, self.image_size = arch, hidden_dim, small_images, image_size
+        self.arch, self.small_images = arch, small_images
         self.backbone = build_network(arch)
         linears = [name for name, m in self.backbone.named_modules() if isinstance(m, nn.Linear)]
         if not linears:
             raise InputError(f"{arch} has no Linear layer to put a projection head in the place of; choose another network")
         self.head_name = linears[-1]                                    # "fc", "classifier.3", "heads.head", ...
-        width = self.backbone.get_submodule(self.head_name).in_features
+        self.width = self.backbone.get_submodule(self.head_name).in_features
         self.backbone.set_submodule(self.head_name, nn.Identity())
         if small_images:
             open_stem(self.backbone, arch)
-        self.dry_run(width)
+        self.try_size(image_size)
+        self.set_head(dim, hidden_dim)
 
-        self.width, self.dim = width, dim or width
+    def set_head(self, dim, hidden_dim=None):
+        """Put a new projection head in place; see the class for the two widths."""
+        self.dim, self.hidden_dim = self.width if dim is None else dim, hidden_dim
         if dim is None:
             self.head = nn.Identity()
         elif hidden_dim == 0:
-            self.head = nn.Linear(width, dim)
+            self.head = nn.Linear(self.width, dim)
         else:
-            hidden = hidden_dim or width
-            self.head = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+            hidden = hidden_dim or self.width
+            self.head = nn.Sequential(nn.Linear(self.width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
-    def dry_run(self, width):
+    def try_size(self, image_size):
         """One pass on the meta device: shapes alone, no arithmetic; refuses what would fail in the first step."""
-        size = self.image_size
+        self.image_size = image_size
+        copied = copy.deepcopy(self.backbone).to("meta").train()
         try:
-            out = copy.deepcopy(self.backbone).to("meta").train()(torch.empty(2, 3, size, size, device="meta"))
-            problem = None if getattr(out, "shape", None) == (2, width) else "it returns more than one vector a picture"
+            out = copied(torch.empty(2, 3, image_size, image_size, device="meta"))
+            problem = None if getattr(out, "shape", None) == (2, self.width) else "it returns more than one vector a picture"
         except Exception as e:
             problem = str(e).split("\n")[0]
         if problem:
-            raise InputError(f"{self.arch} cannot be an encoder at {size} px: {problem}; choose another network or image size")
+            raise InputError(f"{self.arch} cannot be an encoder at {image_size} px: {problem}; choose another network or image size")
+
+    @property
+    def options(self):
+        """The arguments that build this encoder again."""
+        dim = None if isinstance(self.head, nn.Identity) else self.dim
+        return dict(arch=self.arch, dim=dim, hidden_dim=self.hidden_dim, small_images=self.small_images, image_size=self.image_size)
 
     def features(self, x):
         """x float [B, 3, S, S], normalised -> backbone features [B, F]: what kNN and linear probes look at."""
@@ -278,18 +292,16 @@ def save_encoder(path, encoder, made, labels_seen):
     `made` is one line on how the encoder was trained, `labels_seen` whether labels took part; both travel along.
     Written aside and renamed, so that a reader never meets half a file.
     """
-    cpu = lambda module: {key: value.cpu().contiguous() for key, value in module.state_dict().items()}
-    file = dict(format="seed-encoder", arch=encoder.arch, dim=encoder.dim if len(cpu(encoder.head)) else None,
-                hidden_dim=encoder.hidden_dim, small_images=encoder.small_images, image_size=encoder.image_size,
-                mean=IMAGENET_MEAN, std=IMAGENET_STD, made=made, labels_seen=labels_seen,
-                backbone=cpu(encoder.backbone), head=cpu(encoder.head))
+    weights = lambda module: {key: value.cpu().contiguous() for key, value in module.state_dict().items()}
+    file = dict(format="seed-encoder", **encoder.options, mean=IMAGENET_MEAN, std=IMAGENET_STD, made=made, labels_seen=labels_seen,
+                backbone=weights(encoder.backbone), head=weights(encoder.head))
     torch.save(file, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
 # ----------------------------------------------------------------------------------------- 4. the teachers
 def load_teacher(path_or_url, arch=None):
-    """A frozen Encoder from a checkpoint: every backbone key matches, or it is an error.
+    """A frozen Encoder from a checkpoint: every key finds its place and every place its key, or it is an error.
 
     Peers load with strict=False and may distil a randomly initialised teacher without a word.  Known formats:
     this project's encoder.pt; MoCo (v1, v2) with its own head; a plain torchvision state dict, whose last layer
@@ -303,34 +315,39 @@ def load_teacher(path_or_url, arch=None):
     Files are read with weights_only=True: a checkpoint cannot run code.
     """
     file = read_checkpoint(path_or_url)
-    if file.get("arch") and arch and file["arch"] != arch:
-        raise InputError(f"{path_or_url} holds a {file['arch']}, not a {arch}; leave --teacher-arch out")
+    if arch and file.get("arch") not in (None, arch):
+        raise InputError(f"{path_or_url} holds a {file['arch']}, not a {arch}")
     arch = arch or file.get("arch")
-    if not isinstance(arch, str):
+    if arch is None:
         raise InputError(f"{path_or_url} does not say which network it holds; name it with --teacher-arch")
 
     if file.get("format") == "seed-encoder":
-        options = {key: file[key] for key in ("dim", "hidden_dim", "small_images", "image_size")}
-        weights = file["backbone"] | {f"head.{key}": value for key, value in file["head"].items()}
-        teacher, prefix, head = Encoder(arch, **options), "", "head."
+        teacher = Encoder(arch, file["dim"], file["hidden_dim"], file["small_images"], file["image_size"])
+        weights = {f"backbone.{key}": value for key, value in file["backbone"].items()}
+        weights |= {f"head.{key}": value for key, value in file["head"].items()}
+        prefix, head, dropped = "backbone.", "head.", ()
         made, labels_seen = file["made"], file["labels_seen"]
     else:
-        weights = file.get("state_dict", file.get("model", file))
-        moco = any(key.startswith("module.encoder_q.") for key in weights)
-        wrapped = all(key.startswith("module.") for key in weights)
-        prefix = "module.encoder_q." if moco else "module." if wrapped else ""
-        teacher = Encoder(arch, dim=None)
-        head = f"{prefix}{teacher.head_name}."
-        if moco:                                                        # its head stands where the last Linear was
+        teacher, weights = Encoder(arch, dim=None), file.get("state_dict", file.get("model", file))
+        if any(key.startswith("module.encoder_q.") for key in weights):         # MoCo: its head is where the last Linear was
+            prefix, dropped = "module.encoder_q.", ("module.encoder_k.", "module.queue")
+            head = f"{prefix}{teacher.head_name}."
             hidden, last = weights.get(f"{head}0.weight"), weights.get(f"{head}2.weight", weights.get(f"{head}weight"))
             if last is None:
                 raise InputError(f"{path_or_url}: MoCo's projection head is missing (no {head}2.weight)")
-            teacher = Encoder(arch, dim=len(last), hidden_dim=0 if hidden is None else len(hidden))
-        made, labels_seen = ("MoCo checkpoint", False) if moco else ("torchvision weights, no projection head", None)
+            teacher.set_head(len(last), 0 if hidden is None else len(hidden))
+            made, labels_seen = "MoCo checkpoint", False
+        else:
+            prefix = "module." if all(key.startswith("module.") for key in weights) else ""
+            head, dropped = "-", (f"{prefix}{teacher.head_name}.weight", f"{prefix}{teacher.head_name}.bias")
+            made, labels_seen = "torchvision weights, no projection head", None
 
-    matched = copy_weights(teacher.backbone, weights, prefix, path_or_url)
-    copy_weights(teacher.head, weights, head, path_or_url)
-    teacher.made, teacher.labels_seen = f"{arch}, {made}, matched {matched}/{matched} backbone keys", labels_seen
+    expected = copy_weights(teacher.backbone, weights, prefix, path_or_url)
+    used = expected | copy_weights(teacher.head, weights, head, path_or_url)
+    strange = [key for key in weights if key not in used and not key.startswith(dropped or "-")]
+    if strange:
+        raise InputError(f"{path_or_url} holds more than a {arch}: {len(strange)} keys have no place in it, such as {strange[0]}")
+    teacher.made, teacher.labels_seen = f"{arch}, {made}, matched {len(expected)}/{len(expected)} backbone keys", labels_seen
     return teacher.eval().requires_grad_(False)
 
 
@@ -338,24 +355,29 @@ def read_checkpoint(path_or_url):
     """The dict in a file or behind an address; InputError in one line if there is none."""
     place = str(path_or_url)
     try:
-        if place.startswith(("http://", "https://")):
-            file = torch.hub.load_state_dict_from_url(place, map_location="cpu", weights_only=True)
+        if place.startswith(("http://", "https://")):                   # two addresses may end in the same file name
+            name = f"{hashlib.sha256(place.encode()).hexdigest()[:8]}-{os.path.basename(place)}"
+            file = torch.hub.load_state_dict_from_url(place, map_location="cpu", weights_only=True, file_name=name)
         else:
             file = torch.load(place, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no such file: {place}") from None
     except Exception as e:                                              # a broken zip, a pickle with code in it, no network
         raise InputError(f"cannot read {place}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
-    if not isinstance(file, dict) or not all(isinstance(key, str) for key in file):
+    parts = [file] if isinstance(file, dict) else [None]
+    parts += [parts[0][name] for name in ("state_dict", "model", "backbone", "head") if parts[0] and name in parts[0]]
+    if not all(isinstance(part, dict) and part.keys() <= {str(key) for key in part} for part in parts):
         raise InputError(f"{place} is not a checkpoint: expected a dict of weights")
+    if file.get("format") == "seed-encoder" and not {"arch", "dim", "hidden_dim", "small_images", "image_size", "backbone", "head"} <= file.keys():
+        raise InputError(f"{place} is not a whole encoder.pt; make it anew")
     return file
 
 
 def copy_weights(module, weights, prefix, place):
-    """Fill every tensor of `module` from `weights[prefix + name]`; returns how many, raises InputError at a gap."""
+    """Fill all of `module` from `weights[prefix + name]`; returns the keys it used, raises InputError at a gap."""
     own = module.state_dict()
     found = {name: weights[prefix + name] for name in own if isinstance(weights.get(prefix + name), torch.Tensor)}
-    wrong = [f"{prefix}{name} is {'missing' if name not in found else list(found[name].shape)}, expected {list(value.shape)}"
+    wrong = [f"{prefix}{name} is {list(found[name].shape) if name in found else 'missing'}, expected {list(value.shape)}"
              for name, value in own.items() if not name.endswith("num_batches_tracked")    # old files have none
              and (name not in found or found[name].shape != value.shape)]
     if wrong:
@@ -365,14 +387,15 @@ def copy_weights(module, weights, prefix, place):
     broken = [name for name, value in found.items() if not torch.isfinite(value).all()]
     if broken:
         raise InputError(f"{place}: {prefix}{broken[0]} holds numbers that are not finite; the file is of no use")
-    module.load_state_dict(own | found)
-    return len(found)
+    own.update(found)                                                   # in place: state dicts carry a version with them
+    module.load_state_dict(own)
+    return {prefix + name for name in found}
 
 
 # -------------------------------------------------------------------------------------------- 5. the views
-# Randomness is an argument.  All chance in a view is a row of uniform numbers, computed from who asks for it
-# and not drawn from a generator.  So a view depends on (seed, epoch, index, view) alone: not on workers, ranks,
-# or where a run was cut; and each operation below is a pure function that can be held against torchvision's.
+# Randomness is an argument.  All chance in a view is a row of uniform numbers: a hash of (seed, epoch, index, view),
+# and not drawn from a generator.  So a view depends on these four alone, and not on workers, ranks, or where a run
+# was cut; and each operation below is a pure function that can be held against torchvision's.
 AREA, RATIO = slice(0, 10), slice(10, 20)                               # ten tries each, see `crop_box`
 TOP, LEFT, FLIP, JITTER, BRIGHT, CONTRAST, SATURATE, HUE, GREY, BLUR, SIGMA = range(20, 31)
 UNIFORMS = 31
@@ -408,7 +431,8 @@ def crop_box(u, height, width, scale=(0.2, 1.0)):
     """The random resized crop's box, float [B, 4] = top, left, height, width in pixels of an H x W picture.
 
     Area uniform in `scale` (share of the picture), log aspect ratio uniform in 3/4 .. 4/3, place uniform.  As in
-    torchvision there are ten tries, of which the first that does not stick out counts; else the largest box of such a shape.
+    torchvision there are ten tries, of which the first that does not stick out counts; if none
+    does, the largest box of such a shape (there torchvision takes the central one: a departure).
     """
     area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * height * width        # [B, 10]
     ratio = torch.exp((2 * u[:, RATIO] - 1) * LOG_RATIO)                # [B, 10], width over height
@@ -436,7 +460,7 @@ def resize_weights(start, length, source, size):
     begin, end = start[:, None, None], (start + length)[:, None, None]
     centre = begin + (target + 0.5) * step                              # [B, size, 1]
     weight = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp(min=0)   # a triangle, wider when shrinking
-    weight = weight * ((pixel + 1 > begin) & (pixel < end))             # nothing from outside the box
+    weight = weight * ((pixel + 1 > begin) & (pixel < end))             # no pixel that lies outside the box
     return weight / weight.sum(2, keepdim=True)
 
 
@@ -460,8 +484,8 @@ def to_grey(images):
 def shift_hue(images, turn):
     """Turn the colour circle by `turn` [B, 1, 1, 1] in -0.5 .. 0.5; images [B, 3, H, W] in [0, 1].
 
-    Through HSV and back without leaving tensors: channel n in (5, 3, 1) of a colour with hue h (in sixths),
-    value v and chroma c is v - c * clip(min(k, 4 - k), 0, 1) with k = (n + h) mod 6.
+    Through HSV and back in closed form: red, green, blue (n = 5, 3, 1) of a colour with hue h in sixths of the
+    circle, value v and chroma c are v - c * clip(min(k, 4 - k), 0, 1) with k = (n + h) mod 6.
     """
     r, g, b = images.unbind(1)                                          # [B, H, W] each
     value = images.amax(1)
@@ -475,13 +499,19 @@ def shift_hue(images, turn):
 
 def gaussian_blur(images, sigma):
     """Gaussian blur of images [B, 3, H, W] by sigma [B] pixels, mirrored at the border, taps up to BLUR_RADIUS."""
+    taps = torch.exp(-0.5 * (torch.arange(BLUR_RADIUS + 2, device=images.device) / sigma[:, None]) ** 2)  # [B, R+2]
+    taps[:, -1] = 0                                                     # stands for all that is farther away
+
     def weights(n):
         i, j = torch.arange(n, device=images.device)[:, None], torch.arange(n, device=images.device)
-        tap = lambda d: torch.exp(-0.5 * (d / sigma[:, None, None]) ** 2) * (d.abs() <= BLUR_RADIUS)
-        mirror = tap(i + j) * (j > 0) + tap(i + j - 2 * (n - 1)) * (j < n - 1)     # what lies beyond the two ends
-        weight = tap(i - j) + mirror                                    # [B, n, n]
+        tap = lambda distance: taps[:, distance.abs().clamp(max=BLUR_RADIUS + 1)]  # [B, n, n]
+        weight = tap(i - j)                                             # target i takes pixel j,
+        weight += tap(i + j) * (j > 0)                                  # its mirror image at -j,
+        weight += tap(i + j - 2 * (n - 1)) * (j < n - 1)                # and the one beyond the far edge
         return weight / weight.sum(2, keepdim=True)
-    return separable(images, weights(images.shape[2]), weights(images.shape[3]))
+
+    rows = weights(images.shape[2])
+    return separable(images, rows, rows if images.shape[2] == images.shape[3] else weights(images.shape[3]))
 
 
 @cache
@@ -490,13 +520,13 @@ def _normalisation(device):
 
 
 def normalise(images):
-    """images uint8 or float in [0, 1], [B, 3, H, W] -> float32, ImageNet's mean 0 and deviation 1 per channel."""
+    """images uint8 or float in [0, 1], [B, 3, H, W] -> (x - ImageNet's mean) / its deviation, float32, per channel."""
     mean, std = _normalisation(images.device)
     return (as_float(images) - mean) / std
 
 
 def as_float(images):
-    """uint8 0..255 -> float32 0..1; floats stay as they are."""
+    """uint8 0..255 -> float32 0..1; other floats -> float32."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
@@ -511,14 +541,17 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
         images: uint8 [B, 3, H, W], or float in [0, 1], on any device.
         u: float [B, U] from `uniforms`, best left on the CPU.
         size: side of the view in pixels; None: as high as the pictures are.
-        scale: the crop's share of the picture (paper: 0.2-1; SwAV teachers 0.14-1); None: the pictures are crops already.
+        scale: the crop's share of the picture (paper: 0.2-1; SwAV teachers 0.14-1); None: the pictures are crops already,
+            and stay as large as they are.
         blur: whether to blur at all (off for small pictures, as in MoCo's CIFAR recipe).
     Returns: float32 [B, 3, size, size], normalised by ImageNet's mean and deviation.
     Raises: ValueError for shapes that do not fit.
     """
     if images.ndim != 4 or images.shape[1] != 3 or u.shape != (len(images), UNIFORMS):
         raise ValueError(f"expected images [B, 3, H, W] and u [B, {UNIFORMS}], got {list(images.shape)} and {list(u.shape)}")
-    blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(images.device)   # on the CPU: no waiting for a GPU here
+    if scale is None and size not in (None, images.shape[2]):
+        raise ValueError(f"without a crop (scale=None) pictures of {images.shape[2]} px cannot become {size} px")
+    blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(images.device)   # with u on the CPU, nothing waits for a GPU
     u, x = u.to(images.device), as_float(images)
     column = lambda i: u[:, i, None, None, None]                        # [B, 1, 1, 1]
 
@@ -541,9 +574,9 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
 
 
 # ------------------------------------------------------------------------------------------ 6. the methods
-# Three rows of the paper's Figure 1 with the same two calls:
-#     loss, stats = method(views, labels)      a pure look: nothing moves
-#     method.finish_step()                     after backward and the optimiser's step: now it does
+# SEED, the baseline it beats and the upper bound, with the same two calls:
+#     loss, stats = method(views, labels)      the queue and the key encoder stay as they are
+#     method.finish_step()                     after backward and the optimiser's step: now they move on
 # `views_needed` says how many views of a picture a method asks for; `encoder` is the network it trains.
 class SEED(nn.Module):
     """Self-supervised distillation: the student ranks the queue as the frozen teacher does.
@@ -603,18 +636,19 @@ class MoCo(nn.Module):
     Two views of a picture; the query encoder is trained to recognise its own key among K earlier keys, which a
     slow-moving copy of it (momentum m) has made.  Batch norm would let it cheat: query and key normalised over
     the same pictures share a fingerprint.  So keys are shuffled over the ranks, and within a rank batch norm
-    works on `bn_splits` separate parts.
+    works on `bn_splits` separate parts (MoCo's CIFAR demonstration: 8 parts, in the place of 8 GPUs).
 
     Args: encoder: an Encoder to train (batch norm layers become SplitBatchNorm2d); queue_size: K; momentum: m;
-        tau: temperature; bn_splits: parts that a rank's batch is split into, the batch divisible by it.
+        tau: temperature; bn_splits: parts that a rank's batch is split into; 1 with one rank leaves the leak open.
     """
     views_needed = 2
 
-    def __init__(self, encoder, queue_size=65536, momentum=0.999, tau=0.2, bn_splits=1):
+    def __init__(self, encoder, queue_size=65536, momentum=0.999, tau=0.2, bn_splits=8):
         super().__init__()
         for module in encoder.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__, module.splits = SplitBatchNorm2d, bn_splits      # same weights, same key names
+                module.momentum = 1 - (1 - module.momentum) ** (1 / bn_splits)     # a step counts once, not once a part
         self.encoder, self.key_encoder = encoder, copy.deepcopy(encoder).requires_grad_(False)
         self.momentum, self.tau = momentum, tau
         self.queue = FeatureQueue(queue_size, encoder.dim)
@@ -623,11 +657,11 @@ class MoCo(nn.Module):
     def embed_keys(self, x):
         """x float [B, 3, S, S] -> keys [B, D], each computed among other neighbours than its query was."""
         rank, ranks = (dist.get_rank() if dist.is_initialized() else 0), world_size()
-        everyone = gather(x)                                            # [W*B, 3, S, S]
+        everyone = gather(x)                                            # [R*B, 3, S, S]
         order = torch.randperm(len(everyone), device=x.device)
         if ranks > 1:
             dist.broadcast(order, src=0)
-        keys = gather(self.key_encoder(everyone[order[rank::ranks]]))   # [W*B, D], in the shuffled order
+        keys = gather(self.key_encoder(everyone[order[rank::ranks]]))   # [R*B, D], in the shuffled order
         return keys[order.argsort()][rank::ranks]                       # [B, D], in the order of x
 
     def forward(self, views, labels=None):
@@ -657,13 +691,13 @@ class Supervised(nn.Module):
     def __init__(self, encoder, classes, tau=0.1):
         super().__init__()
         self.encoder, self.tau = encoder, tau
-        self.classes = nn.Parameter(F.normalize(torch.randn(classes, encoder.dim), dim=1))  # [C, D]
+        self.class_vectors = nn.Parameter(F.normalize(torch.randn(classes, encoder.dim), dim=1))  # [C, D]
 
     def forward(self, views, labels):
         """views: a list of one float [B, 3, S, S]; labels: int64 [B].  Returns the loss and diagnostics."""
         z = self.encoder(views[0])                                      # [B, D]
         with exact_float32(z.device):
-            logits = z @ F.normalize(self.classes, dim=1).T / self.tau  # [B, C]
+            logits = z @ F.normalize(self.class_vectors, dim=1).T / self.tau  # [B, C]
         return F.cross_entropy(logits, labels), {"agree": (logits.argmax(1) == labels).float().mean()}
 
     def finish_step(self):
@@ -691,7 +725,7 @@ def toy():
             print(f"{step:4d}  {loss:5.2f}  = {s['entropy']:6.2f}            + {s['kl']:5.2f}    {s['own']:6.2f}   "
                   f"{s['agree']:5.0%}   {queue.fill:6.0%}")
         queue.enqueue(unit(x @ teacher))
-    print("\nThe loss stops at the teacher's entropy, not at 0; KL is the part that the student can remove.\n"
+    print("\nThe loss stops at the teacher's entropy, not at 0; KL is the student's part (it goes to 0 here since tau_s = tau_t).\n"
           "`own` is the weight that the teacher gives to the sample itself: the rest is what it says about neighbours.")
 
 

@@ -50,8 +50,8 @@ TINY = PAPER | dict(image_size=32, epochs=20, batch_size=128, warmup_epochs=1, q
 RECIPES = {
     "imagenet": dict(common=PAPER),
     "shapes": dict(common=TINY | dict(epochs=14, teacher_epochs=8, teacher_method="supervised"),
-                   seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.12, key_momentum=0.99, tau_s=0.1), supervised=dict(lr=0.1)),
-    "folder": dict(common=TINY, seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.12, key_momentum=0.99, tau_s=0.1), supervised=dict(lr=0.1)),
+                   seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, key_momentum=0.99, queue_size=256), supervised=dict(lr=0.1)),
+    "folder": dict(common=TINY, seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, key_momentum=0.99, queue_size=256), supervised=dict(lr=0.1)),
     "cifar": dict(common=TINY | dict(small_images=True, epochs=200, teacher_epochs=200, batch_size=256, queue_size=4096, warmup_epochs=5, eval_every=20),
                   seed=dict(lr=0.2), moco=dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1), supervised=dict(lr=0.1, weight_decay=5e-4)),
 }
@@ -427,8 +427,7 @@ def get_teacher(args, s, data, team):
         seconds, path = train(t, data, team), f"{t.out}/encoder.pt"
     with first_goes_first():
         teacher = load_teacher(path, args.teacher_arch)
-    teacher.image_size = s.image_size
-    teacher.dry_run(teacher.width)
+    teacher.try_size(s.image_size)
     return teacher.to(team.device, memory_format=torch.channels_last), seconds
 
 
