@@ -56,7 +56,8 @@ class Pictures:
 
 @dataclass
 class Data:
-    """A data set, ready for use.  classes: C names, empty without labels; key: a hash of what is in it."""
+    """A data set, ready for use.  classes: C names, empty without labels; key: a hash of the pixels (of files
+    on disk: their names) and labels."""
     name: str
     image_size: int
     train: Pictures
@@ -72,7 +73,8 @@ class Data:
     def __str__(self):
         labels = f"{len(self.classes)} classes" if self.judged else "without labels"
         place = "on disk" if self.train.pixels is None else "in memory"
-        return f"{self.name}, {len(self.train):,} training and {len(self.test):,} test pictures of {self.image_size} px {place}, {labels}"
+        counts = f"{len(self.train):,} training and {len(self.test):,} test pictures"
+        return f"{self.name}, {counts} of {self.image_size} px {place}, {labels}"
 
 
 def load_data(name, root="data", image_size=None, subset=None, seed=0):
@@ -84,16 +86,16 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
         224); subset: train on that many pictures, chosen by `seed`.
     Returns: Data.  Raises: InputError for a directory or picture that is missing or cannot be read.
     """
-    image_size = image_size or (224 if name in ("imagenet", "folder") else 32)
+    image_size = image_size or native_size(name)
     if name == "shapes":
         train, test, classes = *(draw_shapes(n, split) for split, n in enumerate((5000, 2000))), SHAPE_CLASSES
     elif name.startswith("cifar"):
         train, test, classes = read_cifar(name, root)
     else:
         train, test, classes = find_pictures(name, Path(root))
-    if subset:
-        if subset > len(train):
-            raise InputError(f"--subset {subset}: there are only {len(train):,} training pictures")
+    if subset is not None:
+        if not 0 < subset <= len(train):
+            raise InputError(f"--subset {subset}: there are {len(train):,} training pictures")
         train = train.part(np.sort(np.random.default_rng(seed).permutation(len(train))[:subset]))
     key = hashlib.sha256(name.encode())
     for split in (train, test):
@@ -105,6 +107,11 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
             if values is not None:
                 key.update(values.numpy())
     return Data(name, image_size, train, test, classes, key.hexdigest()[:12])
+
+
+def native_size(name):
+    """Side of a data set's pictures in pixels, unless told."""
+    return 224 if name in ("imagenet", "folder") else 32
 
 
 def read_cifar(name, root):
@@ -124,28 +131,31 @@ def find_pictures(name, root):
     if not root.is_dir():
         raise InputError(f"no directory {root}; say with --data where the pictures are")
     val = next((root / n for n in ("val", "valid", "validation", "test") if (root / n).is_dir()), None)
+    needs = InputError(f"{root} needs train/ and val/, each with a folder for each class; else use --dataset folder")
     if name == "imagenet" and not (val and (root / "train").is_dir()):
-        raise InputError(f"{root} needs train/ and val/ with a folder for each class; for other layouts use --dataset folder")
+        raise needs
     if (root / "train").is_dir():
         found = [list_files(root / "train"), list_files(val) if val else []]
         tops = [root / "train", val]
     else:
         found, tops = [list_files(root), []], [root, None]
-    if not found[0]:
-        raise InputError(f"no picture in {tops[0]} (looked for {', '.join(sorted(ENDINGS))})")
+    if len(found[0]) < 2:
+        raise InputError(f"{len(found[0]) or 'no'} picture in {tops[0]} (looked for {', '.join(sorted(ENDINGS))})")
 
     # A label is the folder right below the top; where some picture lies in none, or all in one, there are no labels.
-    inside = lambda file, top: os.path.relpath(file, top).split(os.sep)
-    owners = [[inside(file, top)[0] if len(inside(file, top)) > 1 else "" for file in files] for files, top in zip(found, tops)]
+    below = lambda file, top: file[len(str(top)) + 1:].rpartition(os.sep)[0].partition(os.sep)[0]
+    owners = [[below(file, top) for file in files] for files, top in zip(found, tops)]
     classes = sorted(set(owners[0]))
     if len(classes) < 2 or "" in classes:
         classes = []
+    if name == "imagenet" and (not classes or "" in owners[1]):
+        raise needs
     strange = set(owners[1]) - set(classes) - {""}
     if classes and strange:
         raise InputError(f"{tops[1]} has classes that {tops[0]} lacks: {', '.join(sorted(strange)[:3])}")
     number = {label: i for i, label in enumerate(classes)}
-    splits = [Pictures(files=files, labels=torch.tensor([number[owner] for owner in own]) if classes and "" not in own else None)
-              for files, own in zip(found, owners)]
+    labels = [torch.tensor([number[owner] for owner in own]) if classes and "" not in own else None for own in owners]
+    splits = [Pictures(files=files, labels=own) for files, own in zip(found, labels)]
     if not found[1]:                                            # hold out a tenth, always the same one
         order = np.random.default_rng(0).permutation(len(found[0]))
         cut = max(1, min(10_000, len(order) // 10))
@@ -154,9 +164,13 @@ def find_pictures(name, root):
 
 
 def list_files(top):
-    """All picture files below `top`, sorted; hidden ones (such as macOS's ._x.jpg) are left out."""
-    return sorted(os.path.join(folder, file) for folder, _, files in os.walk(top, followlinks=True) for file in files
-                  if os.path.splitext(file)[1].lower() in ENDINGS and not file.startswith("."))
+    """All picture files below `top`, sorted; hidden files and folders (such as macOS's ._x.jpg) are left out."""
+    found = []
+    for folder, folders, files in os.walk(top, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(folder, name) for name in files
+                  if os.path.splitext(name)[1].lower() in ENDINGS and not name.startswith(".")]
+    return sorted(found)
 
 
 def read_crops(path, size, choose_boxes):
@@ -173,12 +187,14 @@ def read_crops(path, size, choose_boxes):
             smallest = min(min(h, w) for _, _, h, w in boxes)
             image.draft("RGB", (int(width * size / smallest), int(height * size / smallest)))
             sx, sy = image.width / width, image.height / height
+            if image.mode.startswith("I"):                              # 16 bits of grey: convert() would clip
+                image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
             image = image.convert("RGB")
-            crops = [image.resize((size, size), Image.Resampling.BILINEAR, box=(left * sx, top * sy, (left + w) * sx, (top + h) * sy))
-                     for top, left, h, w in boxes]
-    except (OSError, SyntaxError, ValueError) as e:
-        raise InputError(f"cannot read the picture {path} ({e}); mend or remove it") from None
-    return torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2).contiguous()
+            corners = [(left * sx, top * sy, (left + w) * sx, (top + h) * sy) for top, left, h, w in boxes]
+            crops = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)) for box in corners]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"cannot read the picture {path} ({e}); put a readable one in its place") from None
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
 
 def centre_box(size):
@@ -200,13 +216,15 @@ class Crops(Dataset):
     boxes follow from (seed, epoch, index) alone.  views = 0: the test view."""
 
     def __init__(self, files, size, views=0, seed=0, scale=(0.2, 1.0)):
-        self.files, self.size, self.views, self.seed, self.scale = files, size, views, seed, scale
+        self.files = np.array([os.fsencode(file) for file in files])    # one block: workers would copy a million strings
+        self.size, self.views, self.seed, self.scale = size, views, seed, scale
 
     def __getitem__(self, item):
         epoch, index = item
         u = [uniforms(self.seed, epoch, [index], view) for view in range(self.views)]
         random_boxes = lambda height, width: [crop_box(row, height, width, self.scale)[0] for row in u]
-        return read_crops(self.files[index], self.size, random_boxes if self.views else centre_box(self.size)), epoch, index
+        choose = random_boxes if self.views else centre_box(self.size)
+        return read_crops(os.fsdecode(self.files[index]), self.size, choose), epoch, index
 
 
 # -------------------------------------------------------------------------------------------- shapes, drawn
@@ -231,7 +249,7 @@ def draw_shapes(n, split):
     x, y = angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x  # [N, 32, 32], the shape's own axes
     r, ax, ay = (x * x + y * y).sqrt(), x.abs(), y.abs()
 
-    depth = torch.stack([0.85 - r,                                              # how far inside the outline a pixel lies
+    depth = torch.stack([0.85 - r,                                              # how far inside a pixel lies
                          0.75 - torch.maximum(ax, ay),
                          torch.stack([0.5 - y, 0.5 + y / 2 + 0.866 * x, 0.5 + y / 2 - 0.866 * x]).amin(0),
                          torch.maximum(torch.minimum(0.3 - ax, 0.95 - ay), torch.minimum(0.95 - ax, 0.3 - ay)),
@@ -247,16 +265,16 @@ def draw_shapes(n, split):
 
 
 # -------------------------------------------------------------------------------------- features and judges
-def plain_views(pictures, size, batch_size=256, workers=0):
-    """The pictures uncropped and unchanged, normalised: float32 [B, 3, size, size] batch by batch."""
+def plain_views(pictures, size, device, workers, batch_size=256):
+    """The pictures uncropped and unchanged, normalised, on the device: float32 [B, 3, size, size] batch by batch."""
     if pictures.pixels is not None:
-        for pixels in pictures.pixels.split(batch_size):
-            yield normalise(resize(pixels, size))
+        source = (resize(pixels.to(device), size) for pixels in pictures.pixels.split(batch_size))
     else:
         loader = DataLoader(Crops(pictures.files, size), batch_size, sampler=[(0, i) for i in range(len(pictures))],
                             num_workers=workers)
-        for crops, _, _ in loader:
-            yield normalise(crops[:, 0])
+        source = (crops[:, 0].to(device) for crops, _, _ in loader)
+    for images in source:
+        yield normalise(images).contiguous(memory_format=torch.channels_last)
 
 
 def resize(pixels, size):
@@ -268,12 +286,11 @@ def resize(pixels, size):
 
 @torch.no_grad()
 def features(encoder, pictures, device="cpu", workers=0):
-    """Backbone features of the pictures' test views: float32 [N, F] on the CPU.  The encoder's mode is left as it was."""
+    """Backbone features of the pictures' test views: float32 [N, F] on the CPU.  The encoder keeps its mode."""
     training = encoder.training
     encoder.eval()
     found = []
-    for x in plain_views(pictures, encoder.image_size, workers=workers):
-        x = x.to(device).contiguous(memory_format=torch.channels_last)
+    for x in plain_views(pictures, encoder.image_size, device, workers):
         found.append(encoder.features(x).float().cpu())                         # [B, F]
     encoder.train(training)
     return torch.cat(found)
@@ -293,7 +310,7 @@ def knn(train_x, train_y, test_x, test_y, k=10):
     """
     cosine, place = neighbours(test_x, train_x, k)
     votes = torch.zeros(len(test_x), int(train_y.max()) + 1, device=test_x.device)
-    votes.scatter_add_(1, train_y[place], cosine.clamp(min=0))                  # [M, C]
+    votes.scatter_add_(1, train_y[place], cosine.clamp(min=1e-9))               # [M, C]
     return 100 * (votes.argmax(1) == test_y).float().mean().item()
 
 
@@ -338,33 +355,34 @@ def linear_probe(train_x, train_y, test_x, test_y, rates=(0.001, 0.003, 0.01, 0.
 
 
 def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
-    """Judge an encoder on a data set: dict of knn and linear (percent), the probe's rate, pictures used, features.
+    """Judge an encoder on a data set, on no more than `limit` pictures of each split (those of a fixed shuffle).
 
-    limit: look at no more than so many pictures of each split (the first ones of a fixed shuffle).
-    Without labels the accuracies are None.
+    Returns: scores, a dict of knn and linear (percent) and rate (the probe's learning rate), None where labels are
+    missing or `linear` is off; and what they rest on: train and test Pictures and their features [N, F].
     """
-    shuffled = lambda split: np.random.default_rng(0).permutation(len(split))
-    train, test = (split.part(shuffled(split)[:limit]) if limit and len(split) > limit else split for split in (data.train, data.test))
-    result = dict(knn=None, linear=None, rate=None, train=train, test=test)
-    x = [features(encoder, split, device, workers) for split in (train, test)]
+    some = lambda split: split.part(np.random.default_rng(0).permutation(len(split))[:limit])
+    train, test = (some(split) if limit and len(split) > limit else split for split in (data.train, data.test))
+    x, y = features(encoder, train, device, workers), features(encoder, test, device, workers)
+    scores = dict(knn=None, linear=None, rate=None)
     if data.judged:
-        judged = [v.to(device) for v in (x[0], train.labels, x[1], test.labels)]
-        result["knn"] = knn(*judged)
+        judged = [values.to(device) for values in (x, train.labels, y, test.labels)]
+        scores["knn"] = knn(*judged)
         if linear:
-            result["linear"], result["rate"] = linear_probe(*judged)
-    return result | dict(train_features=x[0], test_features=x[1])
+            scores["linear"], scores["rate"] = linear_probe(*judged)
+    return scores, (train, test, x, y)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
 def save_grid(path, rows, frames=None):
     """Write rows (a list of lists of float [3, S, S] in [0, 1]) as one picture; `frames` names a colour for each."""
     colours = dict(white=(1.0, 1.0, 1.0), green=(0.1, 0.7, 0.2), red=(0.85, 0.2, 0.15))
-    tiles = []
+    side = rows[0][0].shape[1]
+    zoom, tiles = max(1, 96 // side), []
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
-            tile = tile.cpu().repeat_interleave(max(1, 96 // tile.shape[1]), 1).repeat_interleave(max(1, 96 // tile.shape[2]), 2)
-            frame = torch.tensor(colours[frames[i][j] if frames else "white"])[:, None, None].expand(3, tile.shape[1] + 8, tile.shape[2] + 8).clone()
-            frame[:, 4:-4, 4:-4] = tile
+            colour = torch.tensor(colours[frames[i][j] if frames else "white"])[:, None, None]
+            frame = colour.repeat(1, side * zoom + 8, side * zoom + 8)          # [3, S', S']
+            frame[:, 4:-4, 4:-4] = tile.cpu().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
             tiles.append(frame)
     torchvision.utils.save_image(tiles, path, nrow=len(rows[0]), padding=2, pad_value=1)
 
@@ -383,21 +401,23 @@ def save_views(path, data, scale, blur, seed=0, columns=8, count=6):
         whole = picture(data.train, index, size)
         u = torch.cat([uniforms(seed, epoch, [index]) for epoch in range(columns - 1)])
         views = augment(whole.expand(columns - 1, -1, -1, -1), u, size, scale, blur)
-        mean, std = -normalise(torch.zeros(1, 3, 1, 1)), normalise(torch.ones(1, 3, 1, 1)) - normalise(torch.zeros(1, 3, 1, 1))
-        rows.append([whole, *((views + mean) / std).clamp(0, 1)])
+        black, white = (normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
+        rows.append([whole, *((views - black) / (white - black)).clamp(0, 1)])
     save_grid(path, rows)
 
 
-def save_neighbours(path, result, size, count=8, k=7):
+def save_neighbours(path, train, test, train_x, test_x, size, count=8, k=7):
     """Test pictures and the training pictures nearest to them; green frame: the same label, red: another."""
-    train, test = result["train"], result["test"]
     queries = np.random.default_rng(0).permutation(len(test))[:count]
-    place = neighbours(result["test_features"][queries], result["train_features"], k)[1]
+    place = neighbours(test_x[queries], train_x, k)[1]
     rows, frames = [], []
     for query, near in zip(queries.tolist(), place.tolist()):
         rows.append([picture(test, query, size)] + [picture(train, i, size) for i in near])
-        same = lambda i: "white" if train.labels is None or test.labels is None else "green" if train.labels[i] == test.labels[query] else "red"
-        frames.append(["white"] + [same(i) for i in near])
+        if train.labels is None or test.labels is None:
+            frames.append(["white"] * (k + 1))
+        else:
+            right = (train.labels[near] == test.labels[query]).tolist()
+            frames.append(["white"] + ["green" if same else "red" for same in right])
     save_grid(path, rows, frames)
 
 
@@ -436,24 +456,25 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     parser = Parser(description="kNN and linear probe of an encoder's frozen features.")
-    parser.add_argument("encoder", help="an encoder.pt or another checkpoint that seed.load_teacher reads, or random:ARCH")
-    parser.add_argument("--arch", help="the network's name, where the file does not say it")
-    parser.add_argument("--dataset", choices=DATASETS, default="shapes")
-    parser.add_argument("--data", default="data", metavar="DIR", help="where the pictures are")
-    parser.add_argument("--image-size", type=int, help="side of a picture in pixels; by default the size it was trained at")
-    parser.add_argument("--small-images", action="store_true", help="with random:ARCH: open the stem for small pictures")
-    parser.add_argument("--subset", type=int, help="use so many training pictures")
-    parser.add_argument("--seed", type=int, default=0, help="of the subset, and of random:ARCH")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read pictures from disk")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--out", metavar="DIR", help="for probe.json and neighbours.png; by default beside the encoder")
+    flag = parser.add_argument
+    flag("encoder", help="an encoder.pt or another checkpoint that seed.load_teacher reads, or random:ARCH")
+    flag("--arch", help="the network's name, where the file does not say it")
+    flag("--dataset", choices=DATASETS, default="shapes", help="what to judge it on")
+    flag("--data", default="data", metavar="DIR", help="where the pictures are")
+    flag("--image-size", type=int, help="side of a picture in pixels; the size it was trained at if not given")
+    flag("--small-images", action="store_true", help="with random:ARCH: open the stem for small pictures")
+    flag("--subset", type=int, metavar="N", help="use N training pictures, chosen by the seed")
+    flag("--seed", type=int, default=0, help="of the subset, and of random:ARCH")
+    flag("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read pictures from disk")
+    flag("--device", default="auto", help="auto, cpu, cuda or mps")
+    flag("--out", metavar="DIR", help="for probe.json and neighbours.png; beside the encoder if not given")
     args = parser.parse_args()
     start = time.time()
     device = pick_device(args.device)
     if args.encoder.startswith("random:"):
         torch.manual_seed(args.seed)
-        small = args.dataset in ("shapes", "cifar10", "cifar100")
-        encoder = Encoder(args.encoder[7:], small_images=args.small_images, image_size=args.image_size or (32 if small else 224))
+        size = args.image_size or native_size(args.dataset)
+        encoder = Encoder(args.encoder[7:], small_images=args.small_images, image_size=size)
         made = f"{encoder.arch}, random weights"
     else:
         encoder = load_teacher(args.encoder, args.arch)
@@ -463,17 +484,17 @@ def main():
     encoder = encoder.to(device, memory_format=torch.channels_last)
     data = load_data(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
     print(f"{made}\n{data}")
-    result = evaluate(encoder, data, device, args.workers)
-    out = Path(args.out or ("." if args.encoder.startswith("random:") else Path(args.encoder).parent))
+    scores, material = evaluate(encoder, data, device, args.workers)
+    out = Path(args.out or (Path(args.encoder).parent if os.path.exists(args.encoder) else "."))
     out.mkdir(parents=True, exist_ok=True)
-    save_neighbours(out / "neighbours.png", result, data.image_size)
+    save_neighbours(out / "neighbours.png", *material, data.image_size)
     if data.judged:
-        print(f"kNN {result['knn']:.1f}%   linear probe {result['linear']:.1f}% (learning rate {result['rate']})   {time.time() - start:.0f} s")
+        print(f"kNN {scores['knn']:.1f}%   linear probe {scores['linear']:.1f}% (learning rate {scores['rate']})")
     else:
-        print(f"no labels, so no accuracy   {time.time() - start:.0f} s")
-    summary = dict(encoder=args.encoder, made=made, data=str(data)) | {key: result[key] for key in ("knn", "linear", "rate")}
+        print("no labels, so no accuracy")
+    summary = dict(encoder=args.encoder, made=made, data=str(data)) | scores
     (out / "probe.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"wrote {out / 'probe.json'} and {out / 'neighbours.png'}")
+    print(f"wrote {out / 'probe.json'} and {out / 'neighbours.png'} after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def ranking_logits(z, key, queue, tau):
     logits [B, K+1], gives the same numbers for less memory.
     """
     if z.ndim != 2 or key.shape != z.shape or queue.ndim != 2 or queue.shape[1] != z.shape[1]:
-        raise ValueError(f"expected two [B, D] and a [K, D], got {list(z.shape)}, {list(key.shape)}, {list(queue.shape)}")
+        raise ValueError(f"expected two [B, D] and a [K, D], got {[list(x.shape) for x in (z, key, queue)]}")
     if not tau > 0:
         raise ValueError(f"a temperature must be above 0, got {tau}")
     with exact_float32(z.device):
@@ -213,7 +213,7 @@ class Encoder(nn.Module):
         self.backbone = build_network(arch)
         linears = [name for name, m in self.backbone.named_modules() if isinstance(m, nn.Linear)]
         if not linears:
-            raise InputError(f"{arch} has no Linear layer to put a projection head in the place of; choose another network")
+            raise InputError(f"{arch} has no Linear layer that a projection head could replace; choose another network")
         self.head_name = linears[-1]                                    # "fc", "classifier.3", "heads.head", ...
         self.width = self.backbone.get_submodule(self.head_name).in_features
         self.backbone.set_submodule(self.head_name, nn.Identity())
@@ -239,17 +239,20 @@ class Encoder(nn.Module):
         copied = copy.deepcopy(self.backbone).to("meta").train()
         try:
             out = copied(torch.empty(2, 3, image_size, image_size, device="meta"))
-            problem = None if getattr(out, "shape", None) == (2, self.width) else "it returns more than one vector a picture"
+            fits = getattr(out, "shape", None) == (2, self.width)
+            problem = None if fits else "it returns more than one vector a picture"
         except Exception as e:
             problem = str(e).split("\n")[0]
         if problem:
-            raise InputError(f"{self.arch} cannot be an encoder at {image_size} px: {problem}; choose another network or image size")
+            raise InputError(f"{self.arch} cannot be an encoder at {image_size} px: {problem}; "
+                             "choose another network or image size")
 
     @property
     def options(self):
         """The arguments that build this encoder again."""
         dim = None if isinstance(self.head, nn.Identity) else self.dim
-        return dict(arch=self.arch, dim=dim, hidden_dim=self.hidden_dim, small_images=self.small_images, image_size=self.image_size)
+        return dict(arch=self.arch, dim=dim, hidden_dim=self.hidden_dim,
+                    small_images=self.small_images, image_size=self.image_size)
 
     def features(self, x):
         """x float [B, 3, S, S], normalised -> backbone features [B, F]: what kNN and linear probes look at."""
@@ -276,8 +279,8 @@ def open_stem(net, arch):
     """Keep the resolution of small pictures: ImageNet stems would shrink 32 px to 8 before the first block."""
     name, conv = next((name, m) for name, m in net.named_modules() if isinstance(m, nn.Conv2d))
     if conv.stride != (2, 2):
-        raise InputError(f"{arch} has no stem to open for small images (its first convolution has stride {conv.stride[0]}); "
-                         "leave small_images off")
+        raise InputError(f"{arch} has no stem to open for small images (its first convolution has stride "
+                         f"{conv.stride[0]}); leave small_images off")
     if conv.kernel_size == (7, 7):
         net.set_submodule(name, nn.Conv2d(3, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None))
         pool = next(name for name, m in net.named_modules() if isinstance(m, nn.MaxPool2d))
@@ -293,8 +296,8 @@ def save_encoder(path, encoder, made, labels_seen):
     Written aside and renamed, so that a reader never meets half a file.
     """
     weights = lambda module: {key: value.cpu().contiguous() for key, value in module.state_dict().items()}
-    file = dict(format="seed-encoder", **encoder.options, mean=IMAGENET_MEAN, std=IMAGENET_STD, made=made, labels_seen=labels_seen,
-                backbone=weights(encoder.backbone), head=weights(encoder.head))
+    file = dict(format="seed-encoder", **encoder.options, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                made=made, labels_seen=labels_seen, backbone=weights(encoder.backbone), head=weights(encoder.head))
     torch.save(file, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -319,7 +322,7 @@ def load_teacher(path_or_url, arch=None):
         raise InputError(f"{path_or_url} holds a {file['arch']}, not a {arch}")
     arch = arch or file.get("arch")
     if arch is None:
-        raise InputError(f"{path_or_url} does not say which network it holds; name it with --teacher-arch")
+        raise InputError(f"{path_or_url} does not name its network; do: --teacher-arch (probe.py: --arch)")
 
     if file.get("format") == "seed-encoder":
         teacher = Encoder(arch, file["dim"], file["hidden_dim"], file["small_images"], file["image_size"])
@@ -329,26 +332,33 @@ def load_teacher(path_or_url, arch=None):
         made, labels_seen = file["made"], file["labels_seen"]
     else:
         teacher, weights = Encoder(arch, dim=None), file.get("state_dict", file.get("model", file))
-        if any(key.startswith("module.encoder_q.") for key in weights):         # MoCo: its head is where the last Linear was
-            prefix, dropped = "module.encoder_q.", ("module.encoder_k.", "module.queue")
-            head = f"{prefix}{teacher.head_name}."
-            hidden, last = weights.get(f"{head}0.weight"), weights.get(f"{head}2.weight", weights.get(f"{head}weight"))
-            if last is None:
-                raise InputError(f"{path_or_url}: MoCo's projection head is missing (no {head}2.weight)")
-            teacher.set_head(len(last), 0 if hidden is None else len(hidden))
-            made, labels_seen = "MoCo checkpoint", False
-        else:
-            prefix = "module." if all(key.startswith("module.") for key in weights) else ""
-            head, dropped = "-", (f"{prefix}{teacher.head_name}.weight", f"{prefix}{teacher.head_name}.bias")
-            made, labels_seen = "torchvision weights, no projection head", None
+        prefix, head, dropped, made, labels_seen = published_layout(teacher, weights, path_or_url)
 
     expected = copy_weights(teacher.backbone, weights, prefix, path_or_url)
     used = expected | copy_weights(teacher.head, weights, head, path_or_url)
-    strange = [key for key in weights if key not in used and not key.startswith(dropped or "-")]
+    strange = [key for key in weights if key not in used and not key.startswith(dropped)]
     if strange:
-        raise InputError(f"{path_or_url} holds more than a {arch}: {len(strange)} keys have no place in it, such as {strange[0]}")
-    teacher.made, teacher.labels_seen = f"{arch}, {made}, matched {len(expected)}/{len(expected)} backbone keys", labels_seen
+        raise InputError(f"{path_or_url} holds more than a {arch}: {len(strange)} keys have no place in it, "
+                         f"such as {strange[0]}")
+    teacher.made = f"{arch}, {made}, matched {len(expected)}/{len(expected)} backbone keys"
+    teacher.labels_seen = labels_seen
     return teacher.eval().requires_grad_(False)
+
+
+def published_layout(teacher, weights, place):
+    """How others lay out their keys: prefix of the backbone, prefix of the head, keys to drop, a word on what it is,
+    labels seen.  Gives `teacher` a head where the file has one."""
+    if not any(key.startswith("module.encoder_q.") for key in weights):         # torchvision's own names
+        prefix = "module." if all(key.startswith("module.") for key in weights) else ""
+        last_layer = f"{prefix}{teacher.head_name}."
+        return prefix, "", (f"{last_layer}weight", f"{last_layer}bias"), "torchvision weights, no projection head", None
+    prefix = "module.encoder_q."                                                # MoCo: its head replaced the last layer
+    head = f"{prefix}{teacher.head_name}."
+    hidden, last = weights.get(f"{head}0.weight"), weights.get(f"{head}2.weight", weights.get(f"{head}weight"))
+    if last is None:
+        raise InputError(f"{place}: MoCo's projection head is missing (no {head}2.weight)")
+    teacher.set_head(len(last), 0 if hidden is None else len(hidden))
+    return prefix, head, ("module.encoder_k.", "module.queue"), "MoCo checkpoint", False
 
 
 def read_checkpoint(path_or_url):
@@ -362,13 +372,14 @@ def read_checkpoint(path_or_url):
             file = torch.load(place, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no such file: {place}") from None
-    except Exception as e:                                              # a broken zip, a pickle with code in it, no network
+    except Exception as e:                                              # a broken zip, code in the pickle, no network
         raise InputError(f"cannot read {place}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
     parts = [file] if isinstance(file, dict) else [None]
     parts += [parts[0][name] for name in ("state_dict", "model", "backbone", "head") if parts[0] and name in parts[0]]
     if not all(isinstance(part, dict) and part.keys() <= {str(key) for key in part} for part in parts):
         raise InputError(f"{place} is not a checkpoint: expected a dict of weights")
-    if file.get("format") == "seed-encoder" and not {"arch", "dim", "hidden_dim", "small_images", "image_size", "backbone", "head"} <= file.keys():
+    parts_of_ours = {"arch", "dim", "hidden_dim", "small_images", "image_size", "backbone", "head", "made", "labels_seen"}
+    if file.get("format") == "seed-encoder" and not parts_of_ours <= file.keys():
         raise InputError(f"{place} is not a whole encoder.pt; make it anew")
     return file
 
@@ -377,7 +388,8 @@ def copy_weights(module, weights, prefix, place):
     """Fill all of `module` from `weights[prefix + name]`; returns the keys it used, raises InputError at a gap."""
     own = module.state_dict()
     found = {name: weights[prefix + name] for name in own if isinstance(weights.get(prefix + name), torch.Tensor)}
-    wrong = [f"{prefix}{name} is {list(found[name].shape) if name in found else 'missing'}, expected {list(value.shape)}"
+    there = lambda name: list(found[name].shape) if name in found else "missing"
+    wrong = [f"{prefix}{name} is {there(name)}, expected {list(value.shape)}"
              for name, value in own.items() if not name.endswith("num_batches_tracked")    # old files have none
              and (name not in found or found[name].shape != value.shape)]
     if wrong:
@@ -387,7 +399,7 @@ def copy_weights(module, weights, prefix, place):
     broken = [name for name, value in found.items() if not torch.isfinite(value).all()]
     if broken:
         raise InputError(f"{place}: {prefix}{broken[0]} holds numbers that are not finite; the file is of no use")
-    own.update(found)                                                   # in place: state dicts carry a version with them
+    own.update(found)                                                   # in place: a state dict carries its version
     module.load_state_dict(own)
     return {prefix + name for name in found}
 
@@ -467,7 +479,8 @@ def resize_weights(start, length, source, size):
 def crop_and_resize(images, box, size):
     """Cut box [B, 4] (see `crop_box`) out of images float [B, 3, H, W]; bilinear, antialiased -> [B, 3, size, size]."""
     top, left, h, w = box.unbind(1)
-    return separable(images, resize_weights(top, h, images.shape[2], size), resize_weights(left, w, images.shape[3], size))
+    rows, columns = resize_weights(top, h, images.shape[2], size), resize_weights(left, w, images.shape[3], size)
+    return separable(images, rows, columns)
 
 
 def blend(images, other, factor):
@@ -541,18 +554,18 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
         images: uint8 [B, 3, H, W], or float in [0, 1], on any device.
         u: float [B, U] from `uniforms`, best left on the CPU.
         size: side of the view in pixels; None: as high as the pictures are.
-        scale: the crop's share of the picture (paper: 0.2-1; SwAV teachers 0.14-1); None: the pictures are crops already,
-            and stay as large as they are.
+        scale: the crop's share of the picture (paper: 0.2-1; SwAV teachers 0.14-1); None: the pictures are crops
+            already, and stay as large as they are.
         blur: whether to blur at all (off for small pictures, as in MoCo's CIFAR recipe).
     Returns: float32 [B, 3, size, size], normalised by ImageNet's mean and deviation.
     Raises: ValueError for shapes that do not fit.
     """
     if images.ndim != 4 or images.shape[1] != 3 or u.shape != (len(images), UNIFORMS):
-        raise ValueError(f"expected images [B, 3, H, W] and u [B, {UNIFORMS}], got {list(images.shape)} and {list(u.shape)}")
+        raise ValueError(f"expected images [B, 3, H, W] and u [B, {UNIFORMS}], got {[list(x.shape) for x in (images, u)]}")
     if scale is None and size not in (None, images.shape[2]):
         raise ValueError(f"without a crop (scale=None) pictures of {images.shape[2]} px cannot become {size} px")
-    blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(images.device)   # with u on the CPU, nothing waits for a GPU
-    u, x = u.to(images.device), as_float(images)
+    blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(images.device, non_blocking=True)    # no wait for a GPU here
+    u, x = u.to(images.device, non_blocking=True), as_float(images)
     column = lambda i: u[:, i, None, None, None]                        # [B, 1, 1, 1]
 
     if scale is not None:
@@ -712,7 +725,7 @@ def toy():
     unit = lambda x: F.normalize(x, dim=1)
     teacher, student = torch.randn(pixels, D), torch.randn(pixels, D, requires_grad=True)
     queue, optimiser = FeatureQueue(K, D), torch.optim.SGD([student], lr=2.0)
-    print(f"{B} samples a step, {D} numbers each, a queue of {K}: chance level is log(K+1) = {math.log(K + 1):.2f} nats\n")
+    print(f"{B} samples a step, {D} numbers each, a queue of {K}: a guess costs log(K+1) = {math.log(K + 1):.2f} nats\n")
     print("step   loss  = teacher's entropy + KL     own entry   agree   queue filled")
     for step in range(301):
         x, stats = torch.randn(B, pixels), {}
@@ -725,7 +738,7 @@ def toy():
             print(f"{step:4d}  {loss:5.2f}  = {s['entropy']:6.2f}            + {s['kl']:5.2f}    {s['own']:6.2f}   "
                   f"{s['agree']:5.0%}   {queue.fill:6.0%}")
         queue.enqueue(unit(x @ teacher))
-    print("\nThe loss stops at the teacher's entropy, not at 0; KL is the student's part (it goes to 0 here since tau_s = tau_t).\n"
+    print("\nThe loss stops at the teacher's entropy, not at 0; KL is the student's part (it nears 0 since tau_s = tau_t).\n"
           "`own` is the weight that the teacher gives to the sample itself: the rest is what it says about neighbours.")
 
 

@@ -757,6 +757,14 @@ def test_a_folder_may_have_any_layout(tmp_path):
     assert not load_data("folder", tmp_path / "d", 16).judged, "one class is no label"
 
 
+def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(tmp_path):
+    """Medical and depth pictures would be all white."""
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    crop = probe.read_crops(tmp_path / "ramp.png", 64, lambda h, w: [(0.0, 0.0, 64.0, 64.0)])[0]
+    assert np.abs(crop[0, 0].numpy() - np.linspace(0, 255, 64)).max() <= 1
+
+
 def test_unreadable_data_is_one_clear_line(tmp_path):
     """Before the training, naming the file."""
     with pytest.raises(InputError, match="no directory"):
@@ -764,6 +772,12 @@ def test_unreadable_data_is_one_clear_line(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no picture"):
         load_data("folder", tmp_path / "empty")
+    write_pictures(tmp_path / "one", ["1.png", ".hidden/2.png"])
+    with pytest.raises(InputError, match="1 picture"):
+        load_data("folder", tmp_path / "one")
+    write_pictures(tmp_path / "flat", ["train/x/1.png", "train/y/1.png", "val/1.png"])
+    with pytest.raises(InputError, match="folder for each class"):
+        load_data("imagenet", tmp_path / "flat")
     write_pictures(tmp_path / "a", [f"{i}.png" for i in range(12)])
     with pytest.raises(InputError, match="--subset 100"):
         load_data("folder", tmp_path / "a", 16, subset=100)

@@ -32,7 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from probe import DATASETS, SMALL, Crops, Parser, evaluate, load_data, pick_device, report, save_neighbours, save_views
-from seed import SEED, Encoder, InputError, MoCo, Supervised, augment, load_teacher, save_encoder, uniforms
+from seed import (SEED, Encoder, InputError, MoCo, Supervised, augment, load_teacher, read_checkpoint, save_encoder,
+                  uniforms)
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
 NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
@@ -40,46 +41,51 @@ LOG_EVERY = 10                                  # steps between two rows of log.
 LOOK_AT, JUDGE_BY = 10_000, 50_000              # pictures of a split used for kNN on the way, and for the table
 
 # ---------------------------------------------------------------------------------------- recipes and flags
-# What suits a data set, each overridden by its flag; a method's own entries come second.  ImageNet's are the
-# paper's.  `lr` is the rate at batch 256 and grows with the batch.  tau_s is MoCo's temperature too.
-PAPER = dict(image_size=224, small_images=False, epochs=200, batch_size=256, warmup_epochs=5, lr=0.03, weight_decay=1e-4,
-             queue_size=65536, tau_s=0.2, tau_t=0.01, key_momentum=0.999, dim=128, hidden_dim=None, crop_scale=(0.2, 1.0), blur=True,
-             eval_every=10, teacher_arch="resnet50", teacher_method="moco", teacher_epochs=200)
-TINY = PAPER | dict(image_size=32, epochs=20, batch_size=128, warmup_epochs=1, queue_size=2048, blur=False, eval_every=5,
-                    teacher_arch="resnet18", teacher_epochs=12)
+# What suits a data set, then what a method changes in it; a flag overrides its entry.  ImageNet's are the paper's.
+# `lr` is the rate at batch 256 and grows with the batch.  tau_s is MoCo's temperature too.
+PAPER = dict(image_size=224, small_images=False, crop_scale=(0.2, 1.0), blur=True, dim=128, hidden_dim=None,
+             epochs=200, warmup_epochs=5, batch_size=256, lr=0.03, weight_decay=1e-4,
+             queue_size=65536, tau_s=0.2, tau_t=0.01, key_momentum=0.999, eval_every=10,
+             teacher_arch="resnet50", teacher_method="moco", teacher_epochs=200)
+TINY = PAPER | dict(image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, queue_size=2048,
+                    eval_every=5, teacher_arch="resnet18", teacher_epochs=12)
+TINY_METHODS = dict(seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, queue_size=256, key_momentum=0.99),
+                    supervised=dict(lr=0.1))
 RECIPES = {
-    "imagenet": dict(common=PAPER),
-    "shapes": dict(common=TINY | dict(epochs=14, teacher_epochs=8, teacher_method="supervised"),
-                   seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, key_momentum=0.99, queue_size=256), supervised=dict(lr=0.1)),
-    "folder": dict(common=TINY, seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, key_momentum=0.99, queue_size=256), supervised=dict(lr=0.1)),
-    "cifar": dict(common=TINY | dict(small_images=True, epochs=200, teacher_epochs=200, batch_size=256, queue_size=4096, warmup_epochs=5, eval_every=20),
-                  seed=dict(lr=0.2), moco=dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1), supervised=dict(lr=0.1, weight_decay=5e-4)),
+    "imagenet": dict(common=PAPER),                                             # and folders of more than 64 px
+    "shapes": TINY_METHODS | dict(common=TINY | dict(epochs=14, teacher_epochs=8, teacher_method="supervised")),
+    "folder": TINY_METHODS | dict(common=TINY),
+    "cifar": dict(common=TINY | dict(small_images=True, epochs=200, warmup_epochs=5, batch_size=256, queue_size=4096,
+                                     eval_every=20, teacher_epochs=200),
+                  seed=dict(lr=0.2), moco=dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1),
+                  supervised=dict(lr=0.1, weight_decay=5e-4)),
 }
-OF_THE_METHOD = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim")     # flags for --method alone
-MAY_CHANGE = ("workers", "device", "eval_every", "max_steps", "compare", "data", "out", "teacher", "compile")   # between a run and its resumption
+# Flags that hold for --method alone, not for its teacher and rivals; and flags that may change before a run resumes.
+OF_THE_METHOD = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim")
+MAY_CHANGE = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps", "compare", "compile")
 
 
 def parse_flags(argv=None):
     """The flags as given; None where the recipe decides."""
-    parser = Parser(description=__doc__, epilog="Where no default is shown, the data set's recipe decides; a run prints what it uses.")
+    parser = Parser(description=__doc__, epilog="Where no default is shown, the data set's recipe decides.")
     flag = parser.add_argument_group("what to train").add_argument
     flag("--method", choices=tuple(NAMES), default="seed",
          help="seed distils; moco is the baseline and makes teachers without labels; supervised is the upper bound")
     flag("--arch", default="mobilenet_v3_large", help="a torchvision classification network")
     flag("--dim", type=int, help="width of the embedding; a student takes its teacher's")
-    flag("--hidden-dim", type=int, help="hidden width of the projection head; 0: none; as wide as the features if not given; "
-         "2048 did better for ResNet-18 on ImageNet")
+    flag("--hidden-dim", type=int, help="hidden width of the projection head; 0: no hidden layer; as wide as the features "
+         "if not given; 2048 did better for ResNet-18 on ImageNet")
     flag("--small-images", action=argparse.BooleanOptionalAction,
          help="keep the stem's resolution, for 32-64 px: much better and much slower, so give it a GPU")
 
     flag = parser.add_argument_group("the teacher").add_argument
     flag("--teacher", metavar="PATH_OR_URL", help="a checkpoint; without it one is trained first, on the same data")
     flag("--teacher-arch", help="its network where the file does not say; or the network to train")
-    flag("--teacher-method", choices=("moco", "supervised"), help="how to train it; supervised looks at labels, and says so")
+    flag("--teacher-method", choices=("moco", "supervised"), help="how to train it; supervised looks at labels")
     flag("--teacher-epochs", type=int, help="how long to train it; a better teacher makes a better student")
 
     flag = parser.add_argument_group("the data").add_argument
-    flag("--dataset", choices=DATASETS, default="shapes", help="shapes is drawn in code; folder is any directory of pictures")
+    flag("--dataset", choices=DATASETS, default="shapes", help="shapes is drawn in code; folder: any pictures")
     flag("--data", default="data", metavar="DIR", help="where the pictures are; CIFAR is downloaded there")
     flag("--image-size", type=int, help=f"side of a view in pixels; up to {SMALL} the data set is kept in memory")
     flag("--subset", type=int, metavar="N", help="train on N pictures, chosen by the seed")
@@ -94,14 +100,14 @@ def parse_flags(argv=None):
     flag("--warmup-epochs", type=float, help="epochs of linear warm-up; raise it if the loss explodes early")
     flag("--queue-size", type=int, metavar="K", help="entries to rank; about 5%% of the data does; capped at its size")
     flag("--tau-s", type=float, help="the student's temperature, and MoCo's")
-    flag("--tau-t", type=float, help="the teacher's; lower: more like contrastive learning; higher: more about neighbours")
+    flag("--tau-t", type=float, help="the teacher's; lower: more like contrastive learning; higher: neighbours count")
     flag("--seed", type=int, default=0, help="of weights, views, order and subset")
 
     flag = parser.add_argument_group("the run").add_argument
     flag("--out", metavar="DIR", help="the run's folder; runs/DATASET-METHOD-ARCH if not given")
     flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
          help="auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU; the loss is float32 always")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks; pays off in long runs")
+    flag("--compile", action="store_true", help="torch.compile the networks; pays off in long runs")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--eval-every", type=int, help="epochs between two looks at kNN; 0: none")
     flag("--compare", action="store_true", help="also train the same student by MoCo-v2 and with labels, for the table")
@@ -117,12 +123,14 @@ def resolve(args, method, **changes):
     flags = {key: value for key, value in vars(args).items() if method == args.method or key not in OF_THE_METHOD}
     given = {key: value for key, value in flags.items() if value is not None}
     s = SimpleNamespace(**(flags | recipe | given | dict(method=method) | changes))
-    for key in ("epochs", "teacher_epochs", "batch_size", "image_size", "queue_size", "dim", "subset", "max_steps", "lr", "tau_s", "tau_t"):
+    for key in ("epochs", "teacher_epochs", "batch_size", "image_size", "queue_size", "dim", "subset", "max_steps",
+                "lr", "tau_s", "tau_t"):
         if getattr(s, key) is not None and not 0 < getattr(s, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} must be above 0, got {getattr(s, key)}")
     for key in ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed"):
         if getattr(s, key) is not None and not 0 <= getattr(s, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} must not be negative, got {getattr(s, key)}")
+    s.warmup_epochs = min(s.warmup_epochs, s.epochs / 2)
     s.out = s.out or f"runs/{s.dataset}-{s.method}-{s.arch}"
     if s.workers is None:
         s.workers = min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -137,41 +145,59 @@ def identity(s, data):
 # ---------------------------------------------------------------------------------------- the process group
 def join_team(device):
     """This process's rank, the number of ranks, and its device; torchrun says so in the environment."""
-    rank, ranks, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(device)
+    rank, ranks, local, locals_ = (int(os.environ.get(name, default)) for name, default in
+                                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    device, gpus = pick_device(device), torch.cuda.device_count()
+    if ranks > 1 and device.type == "mps":
+        raise InputError("several processes need GPUs of NVIDIA's or --device cpu")
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise InputError(f"{local + 1} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        if locals_ > gpus:
+            raise InputError(f"{locals_} processes but {gpus} GPUs; lower --nproc_per_node")
+        if ranks == 1 and gpus > 1:
+            print(f"note: {gpus - 1} GPUs stand idle; torchrun --nproc_per_node={gpus} {' '.join(sys.argv)}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    elif device.type == "cuda" and torch.cuda.device_count() > 1:
-        print(f"note: {torch.cuda.device_count() - 1} GPUs stand idle; torchrun --nproc_per_node={torch.cuda.device_count()} {' '.join(sys.argv)}")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),
+                                device_id=device if device.type == "cuda" else None)
     return SimpleNamespace(rank=rank, ranks=ranks, device=device)
 
 
 def is_first():
+    """Whether this is the process that prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def say(*words, **options):
+def say(*words):
     """Print, once and not from every rank."""
     if is_first():
-        print(*words, **options, flush=True)
+        print(*words, flush=True)
+
+
+@contextmanager
+def first_goes_first():
+    """Rank 0 runs the block before the others do: what it downloads or writes, they find."""
+    if dist.is_initialized() and not is_first():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and is_first():
+            dist.barrier()
 
 
 def autocast_dtype(precision, device):
     """The dtype networks compute in, or None for float32."""
     if precision == "auto":
-        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "fp32" if device.type != "cuda" else "bf16" if bf16 else "fp16"
     return dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[precision]
 
 
 # --------------------------------------------------------------------------------------------- the batches
 def plan(n, s, team, start, stop):
     """(epoch, this rank's picture numbers) for each step.  An epoch's order follows from (seed, epoch); of each global
-    batch rank r takes every W-th picture from r on, so any number of ranks sees the same batches."""
+    batch rank r of R takes every R-th picture from r on, so any number of ranks sees the same batches."""
     per_epoch, order = n // s.batch_size, None
     for step in range(start, stop):
         epoch, k = divmod(step, per_epoch)
@@ -180,24 +206,28 @@ def plan(n, s, team, start, stop):
         yield epoch, order[k * s.batch_size:(k + 1) * s.batch_size][team.rank::team.ranks]
 
 
-def batches(train, s, team, views, start, stop):
-    """Views on the device: (list of `views` float [B, 3, S, S], labels int64 [B] or None) for each step.
+def batches(train, s, team, count, start, stop):
+    """For each step, on the device: `count` views, a list of float [B, 3, S, S], and labels, int64 [B] or None.
 
     Decoded pictures lie on the device, and a batch is an index.  From disk, workers send crops, uint8, and all that
     follows the crop happens on the device.
     """
+    put = lambda x: x.to(team.device, non_blocking=True)
     steps = plan(len(train), s, team, start, stop)
     if train.pixels is not None:
-        pixels, scale = train.pixels.to(team.device), s.crop_scale
-        source = (([pixels[torch.from_numpy(index).to(team.device)]] * views, epoch, index) for epoch, index in steps)
+        pixels, scale = put(train.pixels), s.crop_scale
+        source = ((epoch, index, [pixels[put(torch.from_numpy(index))]] * count) for epoch, index in steps)
     else:
+        asked = ([(epoch, int(i)) for i in index] for epoch, index in steps)
+        loader = DataLoader(Crops(train.files, s.image_size, count, s.seed, s.crop_scale), batch_sampler=asked,
+                            num_workers=s.workers, pin_memory=team.device.type == "cuda")
         scale = None                                                            # cut out already
-        loader = DataLoader(Crops(train.files, s.image_size, views, s.seed, s.crop_scale), num_workers=s.workers,
-                            batch_sampler=([(epoch, int(i)) for i in index] for epoch, index in steps), pin_memory=team.device.type == "cuda")
-        source = ((crops.to(team.device, non_blocking=True).unbind(1), int(epoch[0]), index.numpy()) for crops, epoch, index in loader)
-    for crops, epoch, index in source:
-        yield [augment(crop, uniforms(s.seed, epoch, index, view), s.image_size, scale, s.blur).contiguous(memory_format=torch.channels_last)
-               for view, crop in enumerate(crops)], None if train.labels is None else train.labels[index].to(team.device)
+        source = ((int(epoch[0]), index.numpy(), put(crops).unbind(1)) for crops, epoch, index in loader)
+    for epoch, index, crops in source:
+        views = [augment(crop, uniforms(s.seed, epoch, index, view), s.image_size, scale, s.blur)
+                 for view, crop in enumerate(crops)]
+        labels = None if train.labels is None else put(train.labels[index])
+        yield [view.contiguous(memory_format=torch.channels_last) for view in views], labels
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -229,7 +259,8 @@ def train(s, data, team, teacher=None):
     per_epoch, dtype = len(data.train) // s.batch_size, autocast_dtype(s.precision, team.device)
     total = min(s.epochs * per_epoch, s.max_steps or math.inf)
     method = build(s, data, teacher, team)
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    learning = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learning, s.lr, momentum=0.9, weight_decay=s.weight_decay)
     scaler = torch.amp.GradScaler(team.device.type, enabled=dtype == torch.float16)
     folder = RunFolder(s, data, method, optimizer, scaler)
     start, seconds = folder.resume()
@@ -240,13 +271,15 @@ def train(s, data, team, teacher=None):
         for network in [method.encoder] + ([teacher] if teacher else []):
             network.compile()
     model = DistributedDataParallel(method, broadcast_buffers=False) if team.ranks > 1 else method
-    stream, progress = batches(data.train, s, team, method.views_needed, start, total), Progress(s, folder.path / "log.csv", start, total, per_epoch, seconds)
+    judge = lambda: evaluate(method.encoder, data, team.device, s.workers, LOOK_AT, linear=False)[0]["knn"]
+    progress = Progress(s, folder, judge if data.judged else None, start, total, per_epoch, seconds)
+    stream = batches(data.train, s, team, method.views_needed, start, total)
 
     for step in range(start, total):
         views, labels = progress.wait_for(stream)                               # a list of [B, 3, S, S]; [B]
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, s, per_epoch)
-        torch.manual_seed(hash((s.seed, step, team.rank)))                      # for dropout and MoCo's shuffle
+        torch.manual_seed(((s.seed * 2**32 + step) * team.ranks + team.rank) % 2**63)      # for dropout, MoCo's shuffle
         with torch.autocast(team.device.type, dtype=dtype, enabled=dtype is not None):
             loss, stats = model(views, labels)
         optimizer.zero_grad()
@@ -254,17 +287,7 @@ def train(s, data, team, teacher=None):
         scaler.step(optimizer)
         scaler.update()
         method.finish_step()                                                    # now the queue may move
-
-        progress.add(loss, stats)
-        epoch, rest = divmod(step + 1, per_epoch)
-        pause = rest == 0 or step + 1 == total
-        if pause or (step + 1) % LOG_EVERY == 0:
-            look = s.eval_every and rest == 0 and epoch % s.eval_every == 0 and data.judged
-            progress.row(step + 1, optimizer.param_groups[0]["lr"],
-                         lambda: evaluate(method.encoder, data, team.device, s.workers, LOOK_AT, linear=False)["knn"] if look and is_first() else None)
-        if pause:
-            folder.save(step + 1, progress.seconds)
-            progress.start_clock()
+        progress.step_done(step + 1, loss, stats, group["lr"])                  # log, look at kNN, save
     return progress.seconds
 
 
@@ -273,44 +296,55 @@ class RunFolder:
 
     def __init__(self, s, data, method, optimizer, scaler):
         self.path, self.s, self.data = Path(s.out), s, data
-        self.parts, self.teacher = dict(method=method, optimizer=optimizer, scaler=scaler), getattr(method, "teacher", None)
-        self.identity = identity(s, data) | {"teacher": self.teacher and fingerprint(self.teacher)}
+        self.method, self.optimizer, self.scaler = method, optimizer, scaler
+        self.teacher = getattr(method, "teacher", None)
+        self.identity = identity(s, data) | dict(teacher=self.teacher and fingerprint(self.teacher))
 
     def resume(self):
-        """(steps done, seconds spent); (0, 0) in a new folder.  InputError if the folder holds another run."""
-        last = self.path / "last.pt"
-        if not last.exists():
+        """(steps done, seconds spent); (0, 0) in a new folder."""
+        state = read_run(self.path, self.identity)
+        if state is None:
             if is_first():
                 self.path.mkdir(parents=True, exist_ok=True)
                 (self.path / "args.json").write_text(json.dumps(vars(self.s), indent=1) + "\n")
                 save_views(self.path / "views.png", self.data, self.s.crop_scale, self.s.blur, self.s.seed)
             return 0, 0.0
-        state = torch.load(last, map_location="cpu", weights_only=True)
-        there, here = json.loads(state["identity"]), self.identity
-        other = [f"{key} {there.get(key)} there, {here.get(key)} here" for key in here | there if there.get(key) != here.get(key)]
-        if other:
-            raise InputError(f"{self.path} holds a run with other settings ({'; '.join(other)}); use the same ones or another --out")
-        self.parts["method"].load_state_dict(self.teacher_weights() | state["method"])
-        self.parts["optimizer"].load_state_dict(state["optimizer"])
-        self.parts["scaler"].load_state_dict(state["scaler"])
+        frozen = {key: value for key, value in self.method.state_dict().items() if key.startswith("teacher.")}
+        self.method.load_state_dict(frozen | state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:                                                     # empty but for fp16
+            self.scaler.load_state_dict(state["scaler"])
         return state["step"], state["seconds"]
 
-    def teacher_weights(self):
-        """What a checkpoint leaves out: it is frozen, and known by its fingerprint."""
-        return {key: value for key, value in self.parts["method"].state_dict().items() if key.startswith("teacher.")}
-
     def save(self, step, seconds):
-        """Write last.pt aside and rename it, so that a kill at any moment leaves a whole one; then encoder.pt."""
-        if is_first():
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            state["method"] = {key: state["method"][key] for key in state["method"].keys() - self.teacher_weights().keys()}
-            torch.save(state | dict(step=step, seconds=seconds, identity=json.dumps(self.identity)), self.path / "last.pt.tmp")
-            os.replace(self.path / "last.pt.tmp", self.path / "last.pt")
-            made = f"{NAMES[self.s.method]}, {step // (len(self.data.train) // self.s.batch_size)} epochs on {self.data.name}"
-            labels_seen = self.teacher.labels_seen if self.teacher else self.s.method == "supervised"
-            if self.teacher:
-                made += f", teacher: {self.teacher.made}"
-            save_encoder(self.path / "encoder.pt", self.parts["method"].encoder, made, labels_seen)
+        """Write encoder.pt, then last.pt, each aside and renamed: a kill at any moment leaves whole files, and a run
+        that calls itself finished has its encoder.  The frozen teacher is not saved; its fingerprint is."""
+        made = f"{NAMES[self.s.method]}, {step // (len(self.data.train) // self.s.batch_size)} epochs on {self.data.name}"
+        made += f", teacher: {self.teacher.made}" if self.teacher else ""
+        save_encoder(self.path / "encoder.pt", self.method.encoder, made,
+                     self.teacher.labels_seen if self.teacher else self.s.method == "supervised")
+        weights = {key: value for key, value in self.method.state_dict().items() if not key.startswith("teacher.")}
+        state = dict(method=weights, optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                     step=step, seconds=seconds, identity=json.dumps(self.identity))
+        torch.save(state, self.path / "last.pt.tmp")
+        os.replace(self.path / "last.pt.tmp", self.path / "last.pt")
+
+
+def read_run(path, here):
+    """The checkpoint in folder `path`, None if there is none yet; InputError if it is of another run than `here`, the
+    identity of this one (or a part of it)."""
+    if not (path / "last.pt").exists():
+        if (path / "encoder.pt").exists():
+            raise InputError(f"{path} holds an encoder.pt but no last.pt to resume from; delete it or name another --out")
+        return None
+    state = read_checkpoint(path / "last.pt")
+    if "identity" not in state:
+        raise InputError(f"{path / 'last.pt'} is not a run's checkpoint; name another --out, or delete it")
+    there = json.loads(state["identity"])
+    other = [f"{key} {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
+    if other:
+        raise InputError(f"{path} holds a run with other settings ({'; '.join(other)}); use those or another --out")
+    return state
 
 
 def fingerprint(module):
@@ -324,18 +358,20 @@ def fingerprint(module):
 class Progress:
     """What a run says: rows of log.csv (means over the steps since the last row) and a line on the screen."""
 
-    def __init__(self, s, path, start, total, per_epoch, seconds):
-        self.s, self.path, self.total, self.per_epoch, self.seconds = s, path, total, per_epoch, seconds
-        self.sums, self.count, self.waited, self.printed, self.log = {}, 0, 0.0, 0.0, None
-        self.kept = []
-        if start:                                                               # rows after the checkpoint are run again
+    def __init__(self, s, folder, judge, start, total, per_epoch, seconds):
+        self.s, self.folder, self.judge = s, folder, judge
+        self.total, self.per_epoch, self.seconds = total, per_epoch, seconds
+        self.path, self.printed, self.log, self.kept = folder.path / "log.csv", 0.0, None, []
+        if start:                                                               # rows after the checkpoint come again
             say(f"resuming at step {start} of {total}")
-            with open(path, newline="") as file:
-                self.kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+            if self.path.exists():
+                with open(self.path, newline="") as file:
+                    self.kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
         self.start_clock()
 
     def start_clock(self):
-        self.clock = time.perf_counter()
+        """From here on time counts as training."""
+        self.sums, self.count, self.waited, self.clock = {}, 0, 0.0, time.perf_counter()
 
     def wait_for(self, stream):
         """The next batch; counts the time that it was waited for."""
@@ -344,42 +380,56 @@ class Progress:
         self.waited += time.perf_counter() - before
         return batch
 
-    def add(self, loss, stats):
-        """Count one step in; stays on the device, so nothing waits."""
+    def step_done(self, step, loss, stats, lr):
+        """Count one step in, which waits for nothing; now and then write a row, at an epoch's end look and save."""
         for name, value in (dict(loss=loss.detach()) | stats).items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.count += 1
-
-    def row(self, step, lr, judge):
-        """Write a row and maybe a line; `judge()` gives kNN or None, its time not counted as training."""
-        means = {name: (value / self.count).item() for name, value in self.sums.items()}
-        if not math.isfinite(means["loss"]):
-            raise InputError(f"the loss is not finite at step {step}; lower --lr, raise --warmup-epochs, or use --precision fp32")
+        epoch, rest = divmod(step, self.per_epoch)
+        if rest and step % LOG_EVERY and step < self.total:
+            return
+        means = self.means(step)
         took = time.perf_counter() - self.clock
         self.seconds += took
-        values = dict(step=step, epoch=step / self.per_epoch, **means, lr=lr, images_per_s=self.count * self.s.batch_size / took,
-                      waiting=self.waited / took, knn=judge())
-        self.sums, self.count, self.waited = {}, 0, 0.0
         if is_first():
-            self.write({key: "" if value is None else f"{value:.6g}" for key, value in values.items()})
-            self.line(**values)
+            look = self.judge and self.s.eval_every and not rest and epoch % self.s.eval_every == 0
+            row = dict(step=step, epoch=step / self.per_epoch, **means, lr=lr, waiting=self.waited / took,
+                       images_per_s=self.count * self.s.batch_size / took, knn=self.judge() if look else None)
+            self.write(row)
+            self.line(**row)
+            if not rest or step == self.total:
+                self.folder.save(step, self.seconds)
         self.start_clock()
 
+    def means(self, step):
+        """Means over the steps and the ranks; waits for the device."""
+        sums = torch.stack(list(self.sums.values())).float() / self.count
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            sums /= dist.get_world_size()
+        means = dict(zip(self.sums, sums.tolist()))
+        if not math.isfinite(means["loss"]):
+            raise InputError(f"the loss is not finite at step {step}; lower --lr, raise --warmup-epochs, or take "
+                             "--precision fp32")
+        return means
+
     def write(self, row):
+        """Append to log.csv."""
         if self.log is None:
             file = open(self.path, "w", newline="", buffering=1)                # a line at a time: nothing is lost
             self.log = csv.DictWriter(file, row)
             self.log.writeheader()
             self.log.writerows(self.kept)
-        self.log.writerow(row)
+        self.log.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
 
     def line(self, step, epoch, loss, lr, images_per_s, waiting, knn, kl=None, **others):
         """One line: rewritten in place on a terminal; in a pipe a new one every ten seconds and at each look at kNN."""
         left = (self.total - step) * self.s.batch_size / images_per_s
-        text = (f"{step / self.total:4.0%}  epoch {epoch:.1f}/{self.s.epochs}  loss {loss:.3f}" + (f"  KL {kl:.3f}" if kl is not None else "")
-                + f"  lr {lr:.3g}  {images_per_s:.0f} images/s  waiting {waiting:.0%}  ETA {int(left) // 60}:{int(left) % 60:02d}"
-                + (f"  kNN {knn:.1f}%" if knn is not None else ""))
-        keep = knn is not None or step == self.total
+        kl = "" if kl is None else f"  KL {kl:.3f}"
+        knn = "" if knn is None else f"  kNN {knn:.1f}%"
+        text = (f"{step / self.total:4.0%}  epoch {epoch:.1f}/{self.s.epochs}  loss {loss:.3f}{kl}  lr {lr:.3g}  "
+                f"{images_per_s:.0f} images/s  waiting {waiting:.0%}  ETA {int(left) // 60}:{int(left) % 60:02d}{knn}")
+        keep = knn or step == self.total
         if sys.stdout.isatty():
             print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
         elif keep or time.perf_counter() - self.printed > 10:
@@ -388,41 +438,42 @@ class Progress:
 
 
 # ---------------------------------------------------------------------------------------------- the stages
-@contextmanager
-def first_goes_first():
-    """Rank 0 runs the block before the others do: what it downloads or writes, they find."""
-    if dist.is_initialized() and not is_first():
-        dist.barrier()
-    yield
-    if dist.is_initialized() and is_first():
-        dist.barrier()
-
-
 def check(s, data, team):
-    """Refuse what cannot work before anything is trained; cap what is too long."""
+    """Refuse what cannot work before anything is trained; cap a queue that is too long."""
     if s.batch_size > len(data.train):
         raise InputError(f"--batch-size {s.batch_size} is larger than the {len(data.train):,} training pictures")
     if s.batch_size % team.ranks or s.batch_size < 2 * team.ranks:
-        raise InputError(f"--batch-size {s.batch_size} must be a multiple of the {team.ranks} processes, with 2 pictures each at least")
+        raise InputError(f"--batch-size {s.batch_size} must be a multiple of the {team.ranks} processes, "
+                         "with 2 pictures each at least")
     if s.method == "supervised" and not data.classes:
-        raise InputError(f"training with labels needs them, and {s.data} has none; use class folders, or --teacher-method moco")
+        raise InputError(f"training with labels needs them, and {s.data} has none; use class folders, or "
+                         "--teacher-method moco")
     if s.queue_size > len(data.train):
-        say(f"note: the queue of {s.queue_size:,} is capped at the {len(data.train):,} training pictures")
+        if s.method != "supervised":
+            say(f"note: the queue of {s.queue_size:,} is capped at the {len(data.train):,} training pictures")
         s.queue_size = len(data.train)
+    here = identity(s, data)
+    here.pop("dim")                                                             # which a student takes from its teacher
+    read_run(Path(s.out), here)                                                 # is the folder another run's?
 
 
 def get_teacher(args, s, data, team):
-    """The frozen teacher: from a file, or trained here first and kept for the next student.  Also its seconds."""
-    if not args.teacher and s.dataset == "imagenet":
-        raise InputError(f"no --teacher: use a published one, --teacher {PUBLISHED}, or train one for some days: torchrun "
-                         f"--nproc_per_node=8 train.py --method moco --arch resnet50 --dataset imagenet --data {s.data}")
+    """The frozen teacher, from a file or trained here first and kept for the next student; and its seconds."""
     path, seconds = args.teacher, None
+    if not path and s.dataset == "imagenet":
+        raise InputError(f"no --teacher: use a published one, --teacher {PUBLISHED}, or train one for some days: "
+                         "torchrun --nproc_per_node=8 train.py --method moco --arch resnet50 --dataset imagenet "
+                         f"--data {s.data}")
     if not path:
         t = resolve(args, s.teacher_method, arch=s.teacher_arch, epochs=s.teacher_epochs, hidden_dim=None, dim=s.dim)
+        what_makes_it = json.dumps(identity(t, data) | dict(max_steps=t.max_steps), sort_keys=True)
+        t.out = f"runs/teachers/{t.dataset}-{t.method}-{t.arch}-{hashlib.sha256(what_makes_it.encode()).hexdigest()[:8]}"
         check(t, data, team)
-        key = hashlib.sha256(json.dumps(identity(t, data) | dict(max_steps=t.max_steps), sort_keys=True).encode()).hexdigest()[:8]
-        t.out = f"runs/teachers/{t.dataset}-{t.method}-{t.arch}-{key}"
-        say(f"\nstage 1: no --teacher given, so a {t.arch} is trained on the same pictures, {with_labels(t.method == 'supervised')}; kept in {t.out}")
+        if (Path(s.out) / "last.pt").exists() and not (Path(t.out) / "last.pt").exists():
+            raise InputError(f"{s.out} holds a student of another teacher than the one these settings would train; "
+                             "name that one with --teacher, or another --out")
+        say(f"\nstage 1: no --teacher given, so a {t.arch} is trained on the same pictures, "
+            f"{with_labels(t.method == 'supervised')}; kept in {t.out}")
         announce(t, data)
         seconds, path = train(t, data, team), f"{t.out}/encoder.pt"
     with first_goes_first():
@@ -437,63 +488,73 @@ def with_labels(seen):
 
 def announce(s, data):
     """Print the resolved settings of a stage, and what its figures mean."""
-    hidden = ("method", "arch", "out", "compare", "teacher", "data", "dataset")
-    words = [f"{key}={value}" for key, value in sorted(vars(s).items()) if value is not None and key not in hidden and not key.startswith("teacher_")]
+    hidden = ("method", "arch", "out", "compare", "data", "dataset")
+    words = [f"{key}={value}" for key, value in sorted(vars(s).items())
+             if value is not None and key not in hidden and not key.startswith("teacher")]
     say(textwrap.fill(" ".join(words), 116, initial_indent="  ", subsequent_indent="  "))
     choices = len(data.classes) if s.method == "supervised" else s.queue_size + 1
-    say(f"  a guess among {choices:,} costs a loss of {math.log(choices):.2f}" + (f"; kNN on the way looks at {LOOK_AT:,} pictures" if len(data.train) > LOOK_AT else ""))
+    part = f"; kNN on the way looks at {LOOK_AT:,} pictures" if len(data.train) > LOOK_AT else ""
+    say(f"  a guess among {choices:,} costs a loss of {math.log(choices):.2f}{part}")
 
 
 def table(rows, data, s, team):
     """Judge every row's encoder, print the table and keep it as results.json."""
     part = [f"{min(len(split), JUDGE_BY):,}" for split in (data.train, data.test)]
-    say(f"\njudging by {part[0]} training and {part[1]} test pictures" + (f" of {len(data.train):,}; probe.py takes all" if len(data.train) > JUDGE_BY else ""))
+    rest = f" of {len(data.train):,}; probe.py takes all" if len(data.train) > JUDGE_BY else ""
+    say(f"\njudging by {part[0]} training and {part[1]} test pictures{rest}")
     width, out, results = max(len(row["name"]) for row in rows), Path(s.out), []
     say(f"{'':{width}s}     kNN  linear  seconds  labels seen")
     for row in rows:
         encoder = row.pop("encoder")
         encoder = load_teacher(encoder) if isinstance(encoder, Path) else encoder
-        result = evaluate(encoder.to(team.device, memory_format=torch.channels_last), data, team.device, s.workers, JUDGE_BY)
-        cells = [f"{result[key]:.1f}%" if result[key] is not None else "-" for key in ("knn", "linear")] + [f"{row['seconds']:.0f}" if row["seconds"] else "-"]
-        say(f"{row['name']:{width}s}  {cells[0]:>6s}  {cells[1]:>6s}  {cells[2]:>7s}  {row['labels']}")
-        results.append(row | {key: result[key] for key in ("knn", "linear", "rate")})
+        encoder = encoder.to(team.device, memory_format=torch.channels_last)
+        scores, material = evaluate(encoder, data, team.device, s.workers, JUDGE_BY)
+        knn, linear = ("-" if value is None else f"{value:.1f}%" for value in (scores["knn"], scores["linear"]))
+        seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
+        say(f"{row['name']:{width}s}  {knn:>6s}  {linear:>6s}  {seconds:>7s}  {row['labels']}")
+        results.append(row | scores)
         if row["name"].endswith(f"by {NAMES[s.method]}"):
-            save_neighbours(out / "neighbours.png", result, data.image_size)
+            save_neighbours(out / "neighbours.png", *material, data.image_size)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     say(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbours.png")
 
 
 def main(argv=None):
     args = parse_flags(argv)
-    team = join_team(args.device)
     s = resolve(args, args.method)
+    team = join_team(args.device)
     with first_goes_first():
         data = load_data(s.dataset, s.data, s.image_size, s.subset, s.seed)
     say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}")
-    check(s, data, team)
     torch.manual_seed(s.seed)
-    untrained = Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size)     # also refuses bad names early
+    untrained = Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size)     # also refuses a bad name early
     rows = [dict(name=f"{s.arch}, untrained", encoder=untrained, seconds=None, labels="no")]
+    students = [s]
+    if args.compare:
+        others = ["moco"] + ["supervised"] * bool(data.classes)
+        students += [resolve(args, method, out=f"{s.out}/{method}") for method in others if method != s.method]
 
-    teacher, word = None, {True: "yes", False: "no", None: "unknown"}
+    for student in students:
+        check(student, data, team)
+
+    teacher, labels = None, dict(moco="no", supervised="yes")
     if s.method == "seed":
         teacher, seconds = get_teacher(args, s, data, team)
         if args.dim and args.dim != teacher.dim:
-            raise InputError(f"--dim {args.dim}: the teacher embeds in {teacher.dim} numbers, and so must the student; leave --dim out")
+            raise InputError(f"--dim {args.dim}: the teacher embeds in {teacher.dim} numbers, and so must the student; "
+                             "leave --dim out")
         s.dim = teacher.dim
         say(f"\nteacher: {teacher.made}, {with_labels(teacher.labels_seen)}")
-        rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds, labels=word[teacher.labels_seen]))
-    students = [s]
-    if args.compare:
-        others = [method for method in ("moco", "supervised") if method != s.method and (method == "moco" or data.classes)]
-        students += [resolve(args, method, out=f"{s.out}/{method}") for method in others]
-    for t in students:
-        say(f"\n{'stage 2: ' if teacher and t is s else ''}{t.arch} by {NAMES[t.method]}, in {t.out}")
-        check(t, data, team)
-        announce(t, data)
-        seconds = train(t, data, team, teacher if t.method == "seed" else None)
-        seen = "by its teacher" if t.method == "seed" and teacher.labels_seen else word[t.method == "supervised"]
-        rows.append(dict(name=f"{t.arch} by {NAMES[t.method]}", encoder=Path(t.out) / "encoder.pt", seconds=seconds, labels=seen))
+        seen = {True: "yes", False: "no", None: "unknown"}[teacher.labels_seen]
+        labels["seed"] = "by its teacher" if teacher.labels_seen else seen
+        rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds, labels=seen))
+    for student in students:
+        name = f"{student.arch} by {NAMES[student.method]}"
+        say(f"\n{'stage 2: ' if teacher and student is s else ''}{name}, in {student.out}")
+        announce(student, data)
+        seconds = train(student, data, team, teacher if student.method == "seed" else None)
+        encoder = Path(student.out) / "encoder.pt"
+        rows.append(dict(name=name, encoder=encoder, seconds=seconds, labels=labels[student.method]))
     if dist.is_initialized():
         dist.destroy_process_group()
     if is_first():
@@ -504,10 +565,13 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as e:
-        if is_first():
-            print(report(e), file=sys.stderr)
+        if not is_first():                                                      # rank 0 speaks, unless only we know
+            time.sleep(5)
+        print(report(e), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory; lower --batch-size or --image-size, or use --precision bf16")
+    except OSError as e:
+        sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command resumes from the last full epoch")
