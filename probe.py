@@ -86,13 +86,13 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
         224); subset: train on that many pictures, chosen by `seed`.
     Returns: Data.  Raises: InputError for a directory or picture that is missing or cannot be read.
     """
-    image_size = image_size or native_size(name)
+    image_size, root = image_size or native_size(name), Path(root)
     if name == "shapes":
         train, test, classes = *(draw_shapes(n, split) for split, n in enumerate((5000, 2000))), SHAPE_CLASSES
     elif name.startswith("cifar"):
         train, test, classes = read_cifar(name, root)
     else:
-        train, test, classes = find_pictures(name, Path(root))
+        train, test, classes = find_pictures(name, root)
     if subset is not None:
         if not 0 < subset <= len(train):
             raise InputError(f"--subset {subset}: there are {len(train):,} training pictures")
@@ -100,7 +100,7 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
     key = hashlib.sha256(name.encode())
     for split in (train, test):
         if split.pixels is None:
-            key.update("\n".join(os.path.relpath(file, root) for file in split.files).encode())
+            key.update("\n".join(file[len(str(root)) + 1:] for file in split.files).encode("utf-8", "surrogateescape"))
             if image_size <= SMALL and len(split) * 3 * image_size**2 <= MEMORY:
                 split.pixels = decode(split.files, image_size)
         for values in (split.pixels, split.labels):
@@ -188,7 +188,7 @@ def read_crops(path, size, choose_boxes):
             image.draft("RGB", (int(width * size / smallest), int(height * size / smallest)))
             sx, sy = image.width / width, image.height / height
             if image.mode.startswith("I"):                              # 16 bits of grey: convert() would clip
-                image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
             corners = [(left * sx, top * sy, (left + w) * sx, (top + h) * sy) for top, left, h, w in boxes]
             crops = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)) for box in corners]
@@ -454,7 +454,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def main():
+def main(argv=None):
     parser = Parser(description="kNN and linear probe of an encoder's frozen features.")
     flag = parser.add_argument
     flag("encoder", help="an encoder.pt or another checkpoint that seed.load_teacher reads, or random:ARCH")
@@ -468,7 +468,7 @@ def main():
     flag("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read pictures from disk")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--out", metavar="DIR", help="for probe.json and neighbours.png; beside the encoder if not given")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     start = time.time()
     device = pick_device(args.device)
     if args.encoder.startswith("random:"):

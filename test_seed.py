@@ -181,6 +181,8 @@ def test_the_loss_is_float32_whatever_the_surroundings_do(loss):
         torch.set_float32_matmul_precision("medium")                # may round to bf16 inside a float32 product
         assert torch.equal(loss(*z), exact)
         assert torch.get_float32_matmul_precision() == "medium", "the user's setting is put back"
+        with seed.exact_float32("cpu"):
+            assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -228,7 +230,7 @@ def test_the_queue_stores_float32_without_a_graph():
     """A queue that keeps the graph of its entries alive eats the memory in a few steps."""
     queue = FeatureQueue(4, 3)
     queue.enqueue(unit(2, 3).bfloat16().requires_grad_())
-    assert queue.features.dtype == torch.float32 and not queue.features.requires_grad
+    assert queue.features.dtype == torch.float32 and not queue.features.requires_grad and queue.features.grad_fn is None
 
 
 def test_the_queue_survives_a_checkpoint():
@@ -667,6 +669,15 @@ def test_moco_compares_two_views_and_keeps_keys_in_order():
     assert torch.allclose(method.queue.features[:6], k, atol=1e-5)
 
 
+def test_a_key_is_computed_among_other_neighbours_than_its_query():
+    """Unshuffled, both share their batch statistics: MoCo reads the answer off them and learns little else."""
+    method, x, seen = MoCo(Toy(), queue_size=16), torch.randn(16, 3, 8, 8), []
+    method.key_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    method([x, x])
+    assert not torch.equal(seen[0], x)
+    assert torch.equal(seen[0].sum((1, 2, 3)).sort()[0], x.sum((1, 2, 3)).sort()[0])
+
+
 def test_split_batch_norm_is_batch_norm_on_separate_devices():
     """Without the split, query and key share batch statistics, and MoCo learns to read those instead of the picture."""
     method, x = MoCo(Toy(), queue_size=16, bn_splits=4), torch.randn(8, 3, 8, 8)
@@ -728,6 +739,20 @@ def test_the_linear_probe_never_looks_at_the_test_labels_to_choose():
     assert len(rates) == 1
 
 
+def test_evaluate_judges_the_test_pictures_by_features_of_normalised_ones():
+    """Training accuracy, or features of pictures the network never saw the like of: every number in the table is wrong."""
+    encoder, data = Encoder("resnet18", image_size=32), load_data("shapes", subset=200)
+    data.test = data.test.part(range(100))
+    scores, (_, _, x, y) = evaluate(encoder, data)
+    assert encoder.training, "a look during training leaves it training"
+    with torch.no_grad():
+        for split, found in ((data.train, x), (data.test, y)):
+            assert torch.allclose(found, encoder.eval().features(seed.normalise(split.pixels)), rtol=1e-3, atol=1e-4)
+    judged = x, data.train.labels, y, data.test.labels
+    assert scores["knn"] == knn(*judged) and scores["linear"] == linear_probe(*judged)[0]
+    assert [len(split) for split in evaluate(encoder, data, limit=50, linear=False)[1]] == [50] * 4
+
+
 # --------------------------------------------------------------------------------------------------- the data
 def write_pictures(root, names, size=(40, 30)):
     """Files of one colour each; returns nothing."""
@@ -748,6 +773,9 @@ def test_a_folder_may_have_any_layout(tmp_path):
     write_pictures(tmp_path / "b", [f"{c}/{'deep/' * (i % 2)}{i}.webp" for c in "xyz" for i in range(10)])
     data = load_data("folder", tmp_path / "b", 16)
     assert data.judged and len(data.classes) == 3 and (len(data.train), len(data.test)) == (27, 3)
+    assert not set(data.train.files) & set(data.test.files), "no test picture is trained on"
+    for split in (data.train, data.test):
+        assert [Path(f).relative_to(tmp_path / "b").parts[0] for f in split.files] == [data.classes[i] for i in split.labels]
 
     write_pictures(tmp_path / "c", [f"{i}.bmp" for i in range(20)] + ["._hidden.png", "sub/1.png"])
     (tmp_path / "c" / "notes.txt").write_text("not a picture")
@@ -814,12 +842,22 @@ def test_a_large_jpeg_is_decoded_small_without_losing_the_crop(tmp_path):
         assert (crop - seed.crop_and_resize(x, torch.tensor([box]), 64)[0]).abs().mean() < 3 / 255
 
 
+def test_the_test_view_is_the_centre_of_the_picture(tmp_path):
+    """Resize to 256, cut out 224: with another view no accuracy can be compared with a published one."""
+    assert probe.centre_box(224)(256, 320) == [(16, 48, 224, 224)] and probe.centre_box(32)(30, 40) == [(0, 5, 30, 30)]
+    x = pictures(1, 300, 400)
+    Image.fromarray((255 * x[0]).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
+    want = T.center_crop(T.resize(x, 256, antialias=True), 224)[0]
+    assert (probe.picture(Pictures(files=[str(tmp_path / "p.png")]), 0, 224) - want).abs().mean() < 2 / 255
+
+
 def test_shapes_are_the_same_everywhere_and_not_trivial():
     """The built-in data set carries the README's table: easy for a trained network, hard for raw pixels."""
     data = load_data("shapes")
     assert (len(data.train), len(data.test), len(data.classes)) == (5000, 2000, 20)
     assert data.train.labels.bincount().tolist() == [250] * 20
-    assert data.key == load_data("shapes").key and not torch.equal(data.train.pixels[:2000], data.test.pixels)
+    assert data.key == load_data("shapes").key
+    assert not {row.numpy().tobytes() for row in data.train.pixels} & {row.numpy().tobytes() for row in data.test.pixels}
     raw = [seed.normalise(split.pixels).flatten(1) for split in (data.train, data.test)]
     assert knn(raw[0], data.train.labels, raw[1], data.test.labels) < 30
 
@@ -903,6 +941,10 @@ def test_workers_do_not_change_a_view(folder_of_pictures):
         assert all(torch.equal(a, b) for a, b in zip(one, other)) and torch.equal(labels, more)
     order = np.random.default_rng((s.seed, 0)).permutation(len(data.train))[8:16]
     assert torch.equal(runs[0][0][1], data.train.labels[order]), "labels belong to their pictures"
+    crops = torch.stack([probe.Crops(data.train.files, 72, 2, s.seed, s.crop_scale)[0, int(i)][0] for i in order])
+    for v in range(2):
+        once = augment(crops[:, v], uniforms(s.seed, 0, order, v), scale=None, blur=s.blur)
+        assert torch.allclose(runs[0][0][0][v], once, atol=1e-5), "cropped once, not twice"
 
 
 def last(folder):
@@ -918,15 +960,99 @@ def test_a_run_that_was_cut_is_the_run_that_never_stopped(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "table", lambda *a: None)
     flags = ["--method", method, "--arch", arch, "--teacher-arch", "resnet18", *TINY]
-    train.main([*flags, "--max-steps", "8", "--out", "whole"])
+    train.main([*flags, "--max-steps", "8", "--eval-every", "1", "--out", "whole"])     # looking at kNN changes nothing
     teacher = ["--teacher", str(next(Path("runs/teachers").glob("*/encoder.pt")))] if method == "seed" else []
     train.main([*flags, *teacher, "--max-steps", "4", "--out", "cut"])
     train.main([*flags, *teacher, "--max-steps", "8", "--out", "cut"])
     one, other = last("whole"), last("cut")
     assert one["step"] == other["step"] == 8 and same(one["method"], other["method"])
-    for a, b in zip(one["optimizer"]["state"].values(), other["optimizer"]["state"].values()):
-        assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+    group, speeds = one["optimizer"]["param_groups"][0], [run["optimizer"]["state"] for run in (one, other)]
+    assert len(speeds[0]) == len(speeds[1]) == len(group["params"]) > 20, "every parameter got a gradient"
+    assert all(torch.equal(speeds[0][i]["momentum_buffer"], speeds[1][i]["momentum_buffer"]) for i in speeds[0])
+    s = settings(*TINY, method=method)
+    assert (group["momentum"], group["weight_decay"]) == (0.9, s.weight_decay)
+    assert group["lr"] == pytest.approx(train.rate_at(7, s, 6))
+    assert int(one["method"].get("queue.seen", 8 * 16)) == 8 * 16, "the queue moves once a step"
     assert not any(key.startswith("teacher.") for key in one["method"])
+    assert [row["knn"] != "" for row in csv.DictReader(open("whole/log.csv"))] == [True, False], "kNN after the full epoch"
+
+
+@pytest.mark.parametrize("method", ["seed", "moco", "supervised"])
+def test_a_run_is_its_recipe_step_by_step(tmp_path, method):
+    """What never reaches the loop (decay, schedule, temperature, queue) makes another experiment, and the loss still falls."""
+    flags = "--arch resnet18 --dim 8 --batch-size 32 --lr 0.4 --weight-decay 0.5 --tau-s 0.3 --tau-t 0.07 --max-steps 4".split()
+    s = settings(*TINY, *flags, "--out", str(tmp_path / "run"), method=method)
+    data, teacher = load_data("shapes", subset=96), Toy()
+    teacher.made = "toy"
+    train.train(s, data, team(), teacher if method == "seed" else None)
+
+    torch.manual_seed(0)
+    net = Encoder("resnet18", 8, image_size=32)
+    m = {"seed": lambda: SEED(net, teacher, 64, 0.3, 0.07), "moco": lambda: MoCo(net, 64, 0.99, 0.3, 1),
+         "supervised": lambda: Supervised(net, 20)}[method]().to(memory_format=torch.channels_last)
+    learning = [p for p in m.parameters() if p.requires_grad]
+    speeds = [torch.zeros_like(p) for p in learning]
+    for step, (epoch, index) in enumerate(train.plan(96, s, team(), 0, 4)):
+        views = [augment(data.train.pixels[index], uniforms(0, epoch, index, v), 32, blur=False)
+                 .contiguous(memory_format=torch.channels_last) for v in range(m.views_needed)]
+        torch.manual_seed(step)                                     # MoCo's shuffle
+        loss, _ = m(views, data.train.labels[index])
+        with torch.no_grad():
+            for p, v, g in zip(learning, speeds, torch.autograd.grad(loss, learning)):
+                v.mul_(0.9).add_(g + 0.5 * p)
+                p.sub_(0.05 * min(step + 1, 3) / 3 * v)             # 0.4 * 32/256, three steps of warm-up
+        m.finish_step()
+    slow, fast = m.state_dict(), last(tmp_path / "run")["method"]
+    assert all(torch.allclose(fast[key].float(), slow[key].float(), rtol=1e-3, atol=1e-4) for key in fast)
+
+
+def test_a_killed_run_has_its_last_full_epoch(tmp_path, monkeypatch):
+    """A power cut after nine days must not cost nine days."""
+    monkeypatch.chdir(tmp_path)
+    steps = iter(range(7))
+    monkeypatch.setattr(train.Supervised, "finish_step", lambda self: next(steps))
+    with pytest.raises(StopIteration):
+        train.main(["--method", "supervised", "--arch", "resnet18", "--out", "run", *TINY])
+    assert last("run")["step"] == 6 and load_teacher("run/encoder.pt").arch == "resnet18"
+
+
+def test_a_student_does_not_go_on_under_another_teacher(tmp_path, monkeypatch):
+    """Half of it learned from one, half from the other, ranked against a queue of both."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "table", lambda *a: None)
+    moco_file("a"), moco_file("b")
+    flags = ["--arch", "resnet18", "--out", "run", *TINY]
+    train.main([*flags, "--teacher", "a", "--max-steps", "1"])
+    with pytest.raises(InputError, match=r"other settings \(teacher "):
+        train.main([*flags, "--teacher", "b", "--max-steps", "2"])
+    with pytest.raises(InputError, match="pictures "):
+        train.main([*flags, "--teacher", "a", "--subset", "95"])
+    with pytest.raises(InputError, match="of another teacher"):
+        train.main([*flags, "--max-steps", "2"])
+    os.remove("run/last.pt")
+    with pytest.raises(InputError, match="no last.pt"):
+        train.main([*flags, "--teacher", "a"])
+
+
+def test_a_run_is_built_from_its_settings():
+    """A flag that goes nowhere: args.json says tau_t = 0.07, and the run trains with 0.01."""
+    flags = "--dataset cifar10 --arch resnet18 --dim 8 --hidden-dim 20 --queue-size 50 --tau-s 0.3 --tau-t 0.07".split()
+    m = train.build(settings(*flags), None, Toy(), team())
+    assert (m.tau_s, m.tau_t, len(m.queue.features)) == (0.3, 0.07, 50)
+    assert m.encoder.options == dict(arch="resnet18", dim=8, hidden_dim=20, small_images=True, image_size=32)
+    m = train.build(settings(*flags, method="moco"), None, None, team())
+    assert (m.tau, m.momentum, len(m.queue.features), m.encoder.backbone.bn1.splits) == (0.3, 0.99, 50, 8)
+
+
+def test_a_batch_is_the_planned_pictures_each_under_its_own_numbers():
+    """Two equal views, or the same view each epoch: MoCo has nothing to learn, and its loss looks splendid."""
+    s, data = settings("--batch-size", "16"), load_data("shapes", subset=64)
+    s.crop_scale, s.blur, s.seed = (0.1, 0.4), True, 3
+    for (epoch, index), (views, labels) in zip(train.plan(64, s, team(), 3, 6), train.batches(data.train, s, team(), 2, 3, 6)):
+        assert torch.equal(labels, data.train.labels[index]) and len(views) == 2
+        for v, view in enumerate(views):
+            numbers = uniforms(3, epoch, index, v)
+            assert torch.allclose(view, augment(data.train.pixels[index], numbers, 32, (0.1, 0.4), True), atol=1e-5)
 
 
 def test_a_run_resumes_or_says_that_it_is_finished_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
@@ -953,6 +1079,8 @@ def test_a_teacher_is_trained_once_and_kept_under_what_made_it(tmp_path, monkeyp
     flags = ["--arch", "mobilenet_v3_small", "--teacher-arch", "resnet18", "--max-steps", "2", *TINY]
     train.main([*flags, "--out", "a"])
     assert "WITH the labels" in capsys.readouterr().out
+    made = json.loads((next(Path("runs/teachers").iterdir()) / "args.json").read_text())
+    assert (made["arch"], made["epochs"], made["method"]) == ("resnet18", 1, "supervised")
     train.main([*flags, "--tau-t", "0.1", "--out", "b"])
     assert "finished before" in capsys.readouterr().out and len(list(Path("runs/teachers").iterdir())) == 1
     train.main([*flags, "--teacher-method", "moco", "--out", "c"])
@@ -989,18 +1117,19 @@ def test_two_processes_are_one_run(tmp_path, monkeypatch):
         assert same(*weights), name
         assert same(one[name + " start"], other[name + " start"])
         assert not same(one[name + " start"], weights[0])
+    assert same(one["run"], other["run"]), "train.py wraps the networks, or eight GPUs train eight of them"
     assert torch.equal(one["gathered"], torch.arange(8.0)[:, None]) and torch.equal(other["gathered"], one["gathered"])
     assert torch.allclose(one["shuffled"], torch.arange(0.0, 12, 2)[:, None]) and torch.allclose(other["shuffled"], torch.arange(1.0, 12, 2)[:, None])
 
     # One process on the whole batch: the same keys in the queue, in the same order, since the teacher sees the same views.
     s, data, teacher = two_rank_setting()
     method = SEED(Toy(), teacher, 64)
-    start = method.queue.features.clone()
     for views, _ in train.batches(data.train, s, team(), 1, 0, 3):
         method(views)
         method.finish_step()
     queue = one["seed"]["queue.features"]
-    assert torch.allclose(queue[:48], method.queue.features[:48], atol=1e-5) and not torch.allclose(queue[48:], queue[:16])
+    assert torch.allclose(queue[:48], method.queue.features[:48], atol=1e-5)
+    assert torch.equal(queue[48:], one["seed start"]["queue.features"][48:]), "and no more than three batches"
 
 
 def two_rank_setting():
@@ -1027,7 +1156,13 @@ def two_ranks(rank, folder):
             method.finish_step()
         result[name] = snapshot(method)
     method.key_encoder = nn.Identity()
+    torch.manual_seed(rank)                                         # as in a real run: each rank has its own chance
     result["shuffled"] = method.embed_keys(torch.arange(0.0, 12, 2)[:, None] + rank)
+    os.environ["RANK"], built, build = str(rank), [], train.build
+    train.build = lambda *a: built.append(build(*a)) or built[-1]
+    s.arch, s.dim, s.out, s.max_steps, teacher.made = "resnet18", 8, f"{folder}/run", 3, "toy"
+    train.train(s, data, team(rank, 2), teacher)
+    result["run"] = {k: v for k, v in snapshot(built[0]).items() if "running" not in k and "num_batches" not in k}
     torch.save(result, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -1054,6 +1189,46 @@ def test_the_readmes_main_command_runs(tmp_path):
     assert found["knn"] == pytest.approx(rows[2]["knn"], abs=0.5) and "SEED" in found["made"]
 
 
+def test_the_readmes_commands_are_understood():
+    """A printed command that does not run is worse than none."""
+    lines = [line.split("#")[0].split() for line in (HERE / "README.md").read_text().splitlines() if " train.py " in line]
+    assert len(lines) >= 7
+    for words in lines:
+        args = train.parse_flags(words[words.index("train.py") + 1:])
+        train.resolve(args, args.method)
+
+
+def test_cifar_is_read_through_torchvision_and_a_failed_download_is_explained(tmp_path, monkeypatch):
+    """The user without a network is told what to do, not shown a stack of sockets."""
+    class Fake:
+        filename, classes = "cifar-10-python.tar.gz", list("abcdefghij")
+
+        def __init__(self, root, train, download):
+            self.data = np.arange((6 if train else 4) * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(-1, 32, 32, 3)
+            self.targets = list(range(6 if train else 4))
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    data = load_data("cifar10", tmp_path)
+    assert data.judged and data.train.pixels.shape == (6, 3, 32, 32) and data.test.labels.tolist() == [0, 1, 2, 3]
+    assert data.train.pixels[0, :, 0, 1].tolist() == [3, 4, 5], "channels first"
+
+    def refused(*args, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(Fake, "__init__", refused)
+    with pytest.raises(InputError, match=r"put cifar-10-python.tar.gz into .* --dataset shapes"):
+        load_data("cifar10", tmp_path)
+
+
+def test_probe_judges_an_untrained_network_too(tmp_path, monkeypatch, capsys):
+    """Without this row nobody can tell what a number means."""
+    monkeypatch.chdir(tmp_path)
+    probe.main(["random:resnet18", "--subset", "200", "--device", "cpu", "--out", "here"])
+    assert "resnet18, random weights" in capsys.readouterr().out
+    found = json.loads(Path("here/probe.json").read_text())
+    assert 5 < found["knn"] < 30 and Path("here/neighbours.png").exists()
+
+
 def test_pictures_without_labels_are_welcome(tmp_path, monkeypatch, capsys):
     """SEED needs no label, so a directory of pictures must do; only the accuracies are left out."""
     monkeypatch.chdir(tmp_path)
@@ -1061,8 +1236,10 @@ def test_pictures_without_labels_are_welcome(tmp_path, monkeypatch, capsys):
     train.main(["--dataset", "folder", "--data", "p", "--image-size", "32", "--arch", "mobilenet_v3_small", "--teacher-arch", "mobilenet_v3_small",
                 "--batch-size", "8", "--epochs", "1", "--teacher-epochs", "1", "--device", "cpu", "--compare"])
     printed = capsys.readouterr().out
-    assert "without labels" in printed and "kNN 1" not in printed and "MoCo-v2" in printed
-    assert Path("runs/folder-seed-mobilenet_v3_small/neighbours.png").exists()
+    out = Path("runs/folder-seed-mobilenet_v3_small")
+    rows = json.loads((out / "results.json").read_text())
+    assert "without labels" in printed and [row["name"] for row in rows][-1] == "mobilenet_v3_small by MoCo-v2"
+    assert all(row["knn"] is row["linear"] is None for row in rows) and (out / "neighbours.png").exists()
 
 
 @pytest.mark.parametrize("flags, words", [

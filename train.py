@@ -488,7 +488,8 @@ def with_labels(seen):
 
 def announce(s, data):
     """Print the resolved settings of a stage, and what its figures mean."""
-    hidden = ("method", "arch", "out", "compare", "data", "dataset")
+    idle = dict(seed=("key_momentum",), moco=("tau_t",), supervised=("queue_size", "tau_s", "tau_t", "key_momentum"))
+    hidden = ("method", "arch", "out", "compare", "data", "dataset", *idle[s.method])
     words = [f"{key}={value}" for key, value in sorted(vars(s).items())
              if value is not None and key not in hidden and not key.startswith("teacher")]
     say(textwrap.fill(" ".join(words), 116, initial_indent="  ", subsequent_indent="  "))
@@ -525,7 +526,8 @@ def main(argv=None):
     team = join_team(args.device)
     with first_goes_first():
         data = load_data(s.dataset, s.data, s.image_size, s.subset, s.seed)
-    say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}")
+    say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}, "
+        f"computing in {autocast_dtype(s.precision, team.device) or torch.float32}".replace("torch.", ""))
     torch.manual_seed(s.seed)
     untrained = Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size)     # also refuses a bad name early
     rows = [dict(name=f"{s.arch}, untrained", encoder=untrained, seconds=None, labels="no")]
