@@ -1191,7 +1191,8 @@ def test_the_readmes_main_command_runs(tmp_path):
 
 def test_the_readmes_commands_are_understood():
     """A printed command that does not run is worse than none."""
-    lines = [line.split("#")[0].split() for line in (HERE / "README.md").read_text().splitlines() if " train.py " in line]
+    blocks = [block.split("```")[0] for block in (HERE / "README.md").read_text().split("```sh\n")[1:]]
+    lines = [line.split("#")[0].split() for block in blocks for line in block.splitlines() if " train.py " in line]
     assert len(lines) >= 7
     for words in lines:
         args = train.parse_flags(words[words.index("train.py") + 1:])
