@@ -427,6 +427,11 @@ def report(error):
     return "error: " + str(error).strip().split("\n")[-1].split("InputError: ")[-1]
 
 
+def with_labels(seen):
+    """Whether labels took part in making an encoder, in words."""
+    return {True: "WITH the labels of the training pictures", False: "without labels", None: "labels unknown"}[seen]
+
+
 def pick_device(name):
     """torch.device from auto, cpu, cuda or mps; InputError where there is none such."""
     if name == "auto":
@@ -475,15 +480,14 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         size = args.image_size or native_size(args.dataset)
         encoder = Encoder(args.encoder[7:], small_images=args.small_images, image_size=size)
-        made = f"{encoder.arch}, random weights"
+        encoder.made, encoder.labels_seen = f"{encoder.arch}, random weights", False
     else:
         encoder = load_teacher(args.encoder, args.arch)
-        made = encoder.made
         if args.image_size:
             encoder.try_size(args.image_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     data = load_data(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
-    print(f"{made}\n{data}")
+    print(f"{encoder.made}, {with_labels(encoder.labels_seen)}\n{data}")
     scores, material = evaluate(encoder, data, device, args.workers)
     out = Path(args.out or (Path(args.encoder).parent if os.path.exists(args.encoder) else "."))
     out.mkdir(parents=True, exist_ok=True)
@@ -492,7 +496,7 @@ def main(argv=None):
         print(f"kNN {scores['knn']:.1f}%   linear probe {scores['linear']:.1f}% (learning rate {scores['rate']})")
     else:
         print("no labels, so no accuracy")
-    summary = dict(encoder=args.encoder, made=made, data=str(data)) | scores
+    summary = dict(encoder=args.encoder, made=encoder.made, labels_seen=encoder.labels_seen, data=str(data)) | scores
     (out / "probe.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"wrote {out / 'probe.json'} and {out / 'neighbours.png'} after {time.time() - start:.0f} s")
 

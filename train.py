@@ -31,7 +31,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from probe import DATASETS, SMALL, Crops, Parser, evaluate, load_data, pick_device, report, save_neighbours, save_views
+from probe import (DATASETS, SMALL, Crops, Parser, evaluate, load_data, pick_device, report, save_neighbours, save_views,
+                   with_labels)
 from seed import (SEED, Encoder, InputError, MoCo, Supervised, augment, load_teacher, read_checkpoint, save_encoder,
                   uniforms)
 
@@ -480,10 +481,6 @@ def get_teacher(args, s, data, team):
         teacher = load_teacher(path, args.teacher_arch)
     teacher.try_size(s.image_size)
     return teacher.to(team.device, memory_format=torch.channels_last), seconds
-
-
-def with_labels(seen):
-    return {True: "WITH the labels of the training pictures", False: "without labels", None: "labels unknown"}[seen]
 
 
 def announce(s, data):
