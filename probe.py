@@ -489,13 +489,13 @@ def main(argv=None):
     data = load_data(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
     print(f"{encoder.made}, {with_labels(encoder.labels_seen)}\n{data}")
     scores, material = evaluate(encoder, data, device, args.workers)
-    out = Path(args.out or (Path(args.encoder).parent if os.path.exists(args.encoder) else "."))
-    out.mkdir(parents=True, exist_ok=True)
-    save_neighbours(out / "neighbours.png", *material, data.image_size)
     if data.judged:
         print(f"kNN {scores['knn']:.1f}%   linear probe {scores['linear']:.1f}% (learning rate {scores['rate']})")
     else:
         print("no labels, so no accuracy")
+    out = Path(args.out or (Path(args.encoder).parent if os.path.exists(args.encoder) else "."))
+    out.mkdir(parents=True, exist_ok=True)
+    save_neighbours(out / "neighbours.png", *material, data.image_size)
     summary = dict(encoder=args.encoder, made=encoder.made, labels_seen=encoder.labels_seen, data=str(data)) | scores
     (out / "probe.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"wrote {out / 'probe.json'} and {out / 'neighbours.png'} after {time.time() - start:.0f} s")
@@ -507,3 +507,7 @@ if __name__ == "__main__":
     except InputError as e:
         print(report(e), file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory; use --subset or --device cpu")
+    except OSError as e:
+        sys.exit(f"error: {e}")

@@ -564,8 +564,8 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
         raise ValueError(f"expected images [B, 3, H, W] and u [B, {UNIFORMS}], got {[list(x.shape) for x in (images, u)]}")
     if scale is None and size not in (None, images.shape[2]):
         raise ValueError(f"without a crop (scale=None) pictures of {images.shape[2]} px cannot become {size} px")
-    blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(images.device, non_blocking=True)    # no wait for a GPU here
-    u, x = u.to(images.device, non_blocking=True), as_float(images)
+    blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(images.device, non_blocking=images.is_cuda)     # no waiting here
+    u, x = u.to(images.device, non_blocking=images.is_cuda), as_float(images)
     column = lambda i: u[:, i, None, None, None]                        # [B, 1, 1, 1]
 
     if scale is not None:

@@ -1265,6 +1265,14 @@ def test_bad_input_is_an_error_before_any_training(tmp_path, monkeypatch, flags,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_does_not_write_among_its_pictures(tmp_path, monkeypatch):
+    """Its own views.png would be training data the next time."""
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path, [f"{i}.png" for i in range(20)])
+    with pytest.raises(InputError, match="among the pictures"):
+        train.main(["--dataset", "folder", "--data", ".", "--image-size", "32", "--batch-size", "8", "--device", "cpu"])
+
+
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     """What a shell script, and a tired reader, can act on."""
     for words in (["train.py", "--lr", "-1"], ["probe.py", "nothing.pt"]):

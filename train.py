@@ -149,6 +149,8 @@ def join_team(device):
     rank, ranks, local, locals_ = (int(os.environ.get(name, default)) for name, default in
                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     device, gpus = pick_device(device), torch.cuda.device_count()
+    if ranks != locals_:
+        raise InputError("several machines are not supported; start torchrun on one, with --nproc_per_node")
     if ranks > 1 and device.type == "mps":
         raise InputError("several processes need GPUs of NVIDIA's or --device cpu")
     if device.type == "cuda":
@@ -213,7 +215,7 @@ def batches(train, s, team, count, start, stop):
     Decoded pictures lie on the device, and a batch is an index.  From disk, workers send crops, uint8, and all that
     follows the crop happens on the device.
     """
-    put = lambda x: x.to(team.device, non_blocking=True)
+    put = lambda x: x.to(team.device, non_blocking=team.device.type == "cuda")
     steps = plan(len(train), s, team, start, stop)
     if train.pixels is not None:
         pixels, scale = put(train.pixels), s.crop_scale
@@ -410,7 +412,7 @@ class Progress:
             sums /= dist.get_world_size()
         means = dict(zip(self.sums, sums.tolist()))
         if not math.isfinite(means["loss"]):
-            raise InputError(f"the loss is not finite at step {step}; lower --lr, raise --warmup-epochs, or take "
+            raise InputError(f"the loss of {self.s.arch} is not finite at step {step}; lower --lr, raise --warmup-epochs, or take "
                              "--precision fp32")
         return means
 
@@ -521,6 +523,9 @@ def main(argv=None):
     args = parse_flags(argv)
     s = resolve(args, args.method)
     team = join_team(args.device)
+    pictures = Path(s.data).resolve()
+    if s.dataset == "folder" and not (pictures / "train").is_dir() and pictures in Path(s.out).resolve().parents:
+        raise InputError(f"the run's folder {s.out} would lie among the pictures of {s.data}; name another --out")
     with first_goes_first():
         data = load_data(s.dataset, s.data, s.image_size, s.subset, s.seed)
     say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}, "
