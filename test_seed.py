@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ import torchvision
 import torchvision.transforms.v2.functional as T
 from PIL import Image
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import probe
 import seed
@@ -202,6 +205,39 @@ def test_the_worked_example_of_the_docstring_is_right():
     import doctest
     result = doctest.testmod(seed)
     assert result.attempted >= 3 and result.failed == 0
+
+
+class Peak(TorchDispatchMode):
+    """Counts the tensors of `size` numbers or more that are alive after each operation, backward included."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.alive, self.most = size, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= 4 * self.size:
+                self.alive[x.untyped_storage().data_ptr()] = StorageWeakRef(x.untyped_storage())
+        self.alive = {place: ref for place, ref in self.alive.items() if not ref.expired()}
+        self.most = max(self.most, len(self.alive))
+        return out
+
+
+def test_a_step_of_the_loss_fits_in_four_matrices_and_copies_no_queue():
+    """[B, K+1] at B 256 and K 65,536 is 67 MB, the queue 34 MB: peers hold two copies of it, and run out of memory first."""
+    B, K, D = 32, 2048, 64                                              # a queue is twice as large as a matrix
+    student, queue, key = unit(B, D).requires_grad_(), FeatureQueue(K, D), unit(B, D)
+    with Peak(B * K) as matrices:
+        seed_loss(student, key, queue.features, stats={}).backward()
+        queue.enqueue(key)
+    queues = Peak(K * D)
+    student.grad = None
+    with queues:
+        seed_loss(student, key, queue.features, stats={}).backward()
+        queue.enqueue(key)
+    assert 2 <= matrices.most - 1 <= 4, "beside the queue itself"
+    assert queues.most == 1, "the queue, once"
 
 
 # ------------------------------------------------------------------------------------------------- the queue
@@ -906,16 +942,16 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 def test_any_number_of_ranks_sees_the_same_batches():
     """Otherwise the number of GPUs changes the experiment."""
     s = settings("--batch-size", "12")
-    one = list(train.plan(50, s, team(), 0, 9))
+    one = list(train.plan(50, s, team(), range(0, 9)))
     for ranks in (2, 3):
-        parts = [list(train.plan(50, s, team(rank, ranks), 0, 9)) for rank in range(ranks)]
+        parts = [list(train.plan(50, s, team(rank, ranks), range(0, 9))) for rank in range(ranks)]
         for step, (epoch, index) in enumerate(one):
             joined = np.stack([part[step][1] for part in parts], 1).reshape(-1)
             assert np.array_equal(joined, index) and parts[0][step][0] == epoch
     seen = np.concatenate([index for epoch, index in one if epoch == 0])
     assert len(set(seen)) == 48 == len(seen), "no picture twice in an epoch"
     assert not np.array_equal(one[0][1], one[4][1]), "another order in the next epoch"
-    assert all(np.array_equal(a[1], b[1]) for a, b in zip(one[5:], train.plan(50, s, team(), 5, 9))), "also from the middle"
+    assert all(np.array_equal(a[1], b[1]) for a, b in zip(one[5:], train.plan(50, s, team(), range(5, 9)))), "also from the middle"
 
 
 @pytest.fixture
@@ -935,7 +971,7 @@ def test_workers_do_not_change_a_view(folder_of_pictures):
     assert data.train.pixels is None
     runs = []
     for s.workers in (0, 2):
-        runs.append([(views, labels) for views, labels in train.batches(data.train, s, team(), 2, 1, 4)])
+        runs.append([(views, labels) for views, labels, _ in train.batches(data.train, s, team(), 2, range(1, 4))])
     for (one, labels), (other, more) in zip(*runs):
         assert len(one) == 2 and not torch.equal(one[0], one[1])
         assert all(torch.equal(a, b) for a, b in zip(one, other)) and torch.equal(labels, more)
@@ -992,7 +1028,7 @@ def test_a_run_is_its_recipe_step_by_step(tmp_path, method):
          "supervised": lambda: Supervised(net, 20)}[method]().to(memory_format=torch.channels_last)
     start, learning = snapshot(m), [p for p in m.parameters() if p.requires_grad]
     speeds = [torch.zeros_like(p) for p in learning]
-    for step, (epoch, index) in enumerate(train.plan(96, s, team(), 0, 4)):
+    for step, (epoch, index) in enumerate(train.plan(96, s, team(), range(0, 4))):
         views = [augment(data.train.pixels[index], uniforms(0, epoch, index, v), 32, blur=False)
                  .contiguous(memory_format=torch.channels_last) for v in range(m.views_needed)]
         torch.manual_seed(step)                                     # MoCo's shuffle
@@ -1050,11 +1086,137 @@ def test_a_batch_is_the_planned_pictures_each_under_its_own_numbers():
     """Two equal views, or the same view each epoch: MoCo has nothing to learn, and its loss looks splendid."""
     s, data = settings("--batch-size", "16"), load_data("shapes", subset=64)
     s.crop_scale, s.blur, s.seed = (0.1, 0.4), True, 3
-    for (epoch, index), (views, labels) in zip(train.plan(64, s, team(), 3, 6), train.batches(data.train, s, team(), 2, 3, 6)):
+    for (epoch, index), (views, labels, whose) in zip(train.plan(64, s, team(), range(3, 6)), train.batches(data.train, s, team(), 2, range(3, 6))):
         assert torch.equal(labels, data.train.labels[index]) and len(views) == 2
         for v, view in enumerate(views):
             numbers = uniforms(3, epoch, index, v)
             assert torch.allclose(view, augment(data.train.pixels[index], numbers, 32, (0.1, 0.4), True), atol=1e-5)
+
+
+def calls_of(monkeypatch):
+    """Counts, in a list of one number, how often a SEED teacher is asked."""
+    asked, load = [0], train.load_teacher
+
+    def loaded(*args):
+        teacher = load(*args)
+        teacher.register_forward_hook(lambda *a: asked.__setitem__(0, asked[0] + 1))
+        return teacher
+    monkeypatch.setattr(train, "load_teacher", loaded)
+    monkeypatch.setattr(train, "table", lambda *a: None)
+    return asked
+
+
+@pytest.fixture
+def teacher_file(tmp_path):
+    net = Encoder("resnet18", 32, image_size=32)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+    save_encoder(tmp_path / "teacher.pt", net, "a test", False)
+    return tmp_path / "teacher.pt"
+
+
+CACHED = ["--arch", "mobilenet_v3_small", "--teacher", "teacher.pt", "--teacher-cache", "cache", *TINY]
+
+
+def test_a_kept_answer_is_the_teachers_answer(tmp_path, monkeypatch, teacher_file):
+    """A second student, a resumed run or a torn row must train as if the teacher had been asked: to the last bit."""
+    monkeypatch.chdir(tmp_path)
+    asked = calls_of(monkeypatch)
+    runs = []
+    for out, flags, calls in (("without", CACHED[:4] + TINY, 12), ("first", CACHED, 12), ("second", CACHED, 1)):
+        train.main([*flags, "--out", out])
+        runs.append(last(out))
+        assert asked[0] == calls, f"{out}: 12 steps; a cache that is full asks in the first step alone"
+        asked[0] = 0
+    rows = np.memmap("cache/z.float32", np.float32, "r+", shape=(2, 96, 32))
+    whole = np.array(rows)
+    assert np.allclose(np.linalg.norm(whole, axis=2), 1, atol=1e-5), "each picture's view of each epoch"
+    rows[1, 7, 16:], rows[0, 3] = 0, np.nan                             # a kill tears one row, a bad disk another
+    train.main([*CACHED, "--out", "torn"])
+    assert asked[0] == 3 and np.array_equal(np.array(rows), whole), "the two batches again, and the first step"
+    train.main([*CACHED, "--tau-t", "0.2", "--out", "another"])
+    for other in (*runs[1:], last("torn")):
+        assert same(runs[0]["method"], other["method"])
+    assert not same(runs[0]["method"], last("another")["method"])
+
+
+def test_answers_are_addressed_by_epoch_and_picture(tmp_path, monkeypatch, teacher_file):
+    """A row in another's place is a teacher that looks at another picture; nothing else would notice."""
+    monkeypatch.chdir(tmp_path)
+    calls_of(monkeypatch)
+    train.main([*CACHED, "--out", "run"])
+    rows = np.memmap("cache/z.float32", np.float32, "r", shape=(2, 96, 32))
+    data, teacher = load_data("shapes", subset=96), load_teacher("teacher.pt")
+    for epoch, index in ((0, [5, 80]), (1, [5, 17])):
+        view = augment(data.train.pixels[index], uniforms(0, epoch, index), 32, blur=False)
+        assert np.allclose(rows[epoch, index], teacher(view).numpy(), atol=1e-4)
+
+
+def test_a_cache_grows_and_repeats(tmp_path, monkeypatch, teacher_file, capsys):
+    """More epochs keep what is there; --view-epochs bounds the disk, and shuffles the pictures all the same."""
+    monkeypatch.chdir(tmp_path)
+    asked = calls_of(monkeypatch)
+    train.main([*CACHED, "--view-epochs", "1", "--out", "once"])
+    assert asked[0] == 7 and os.path.getsize("cache/z.float32") == 4 * 96 * 32, "the second epoch only looks once"
+    assert "1 x 96 x 32 float32, 0.00 GB" in capsys.readouterr().out
+    train.main([*CACHED, "--out", "twice"])
+    assert asked[0] == 7 + 7 and os.path.getsize("cache/z.float32") == 2 * 4 * 96 * 32
+    s = settings("--batch-size", "10", "--epochs", "5", "--view-epochs", "2")
+    planned = list(train.plan(20, s, team(), range(10)))
+    assert [epoch for epoch, _ in planned[::2]] == [0, 1, 0, 1, 0]
+    assert not np.array_equal(planned[0][1], planned[4][1]), "other company in each epoch"
+    with pytest.raises(InputError, match="view_epochs"):
+        train.main([*CACHED, "--view-epochs", "1", "--out", "twice"])
+
+
+def test_a_cache_of_other_answers_is_refused(tmp_path, monkeypatch, teacher_file):
+    """Answers to other views, or of another teacher, would be learnt without a word."""
+    monkeypatch.chdir(tmp_path)
+    calls_of(monkeypatch)
+    flags = [*CACHED, "--out", "other", "--max-steps", "7"]
+    train.main([*CACHED, "--out", "run"])
+    kept = Path("cache/z.float32").read_bytes()
+    for change, named in ((["--seed", "1"], "seed 0 there, 1 here"), (["--subset", "95"], "subset 96 there, 95 here"),
+                          (["--precision", "bf16"], "precision torch.float32 there, torch.bfloat16 here"),
+                          (["--image-size", "40"], "image_size 32 there, 40 here")):
+        with pytest.raises(InputError, match=named):
+            train.main([*flags, *change])
+    monkeypatch.setitem(train.RECIPES["shapes"]["common"], "crop_scale", (0.1, 1.0))
+    with pytest.raises(InputError, match="crop_scale"):
+        train.main(flags)
+    monkeypatch.undo(), monkeypatch.chdir(tmp_path), calls_of(monkeypatch)
+    monkeypatch.setattr(train, "augment", lambda *a: augment(*a).flip(2))       # code that the fingerprint does not know
+    with pytest.raises(InputError, match="answers differently"):
+        train.main(flags)
+    monkeypatch.undo(), monkeypatch.chdir(tmp_path)
+    save_encoder("teacher.pt", Encoder("resnet18", 32, image_size=32), "another", False)
+    with pytest.raises(InputError, match="teacher .* there"):
+        train.main(flags)
+    with pytest.raises(InputError, match="teacher-cache is for --method seed"):
+        train.main(["--method", "moco", "--teacher-cache", "cache"])
+    assert Path("cache/z.float32").read_bytes() == kept, "nothing lost"
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: train.SimpleNamespace(free=100))
+    with pytest.raises(InputError, match="lower --view-epochs"):
+        train.main([*CACHED[:-len(TINY)], *TINY, "--teacher-cache", "new", "--out", "other"])
+
+
+@pytest.mark.parametrize("method", ["seed", "moco", "supervised"])
+def test_the_benchmark_measures_and_trains_nothing(tmp_path, monkeypatch, capsys, method):
+    """Its table must add up, name each part, and leave no run behind."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--benchmark", "--method", method, "--arch", "mobilenet_v3_small", "--teacher-arch", "resnet18", *TINY])
+    out = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    row = lambda name: [float(word) for word in re.search(rf"^{name} +([\d.]+) +([\d.]+)$", out, re.M).groups()]
+    network = dict(seed=["teacher"], moco=["key encoder"], supervised=[])[method]
+    for name in ["reading", "augmentation", *network, "student: forward, backward, update", "whole step"]:
+        ms, rate = row(name)
+        assert 0 < ms and ms == pytest.approx(16e3 / rate, rel=0.02, abs=0.006)
+    floor, ratio = map(float, re.search(r"whole step: its networks alone take ([\d.]+) ms, ([\d.]+) of it", out).groups())
+    assert floor == pytest.approx(sum(row(name)[0] for name in [*network, "student: forward, backward, update"]), abs=0.02)
+    assert ratio == pytest.approx(floor / row("whole step")[0], abs=0.01)
+    assert ("loss and queue" in out) == (method != "supervised") and ("teacher cached" in out) == (method == "seed")
 
 
 def test_a_run_resumes_or_says_that_it_is_finished_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
@@ -1126,7 +1288,7 @@ def test_two_processes_are_one_run(tmp_path, monkeypatch):
     # One process on the whole batch: the same keys in the queue, in the same order, since the teacher sees the same views.
     s, data, teacher = two_rank_setting()
     method = SEED(Toy(), teacher, 64)
-    for views, _ in train.batches(data.train, s, team(), 1, 0, 3):
+    for views, _, _ in train.batches(data.train, s, team(), 1, range(0, 3)):
         method(views)
         method.finish_step()
     queue = one["seed"]["queue.features"]
@@ -1150,7 +1312,7 @@ def two_ranks(rank, folder):
         result[name + " start"] = {k: v for k, v in snapshot(method).items() if "running" not in k and "num_batches" not in k}
         model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
         optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
-        for views, labels in train.batches(data.train, s, team(rank, 2), method.views_needed, 0, 3):
+        for views, labels, _ in train.batches(data.train, s, team(rank, 2), method.views_needed, range(0, 3)):
             loss, _ = model(views, labels)
             optimizer.zero_grad()
             loss.backward()

@@ -9,7 +9,8 @@
 A run leaves a folder: encoder.pt (what you take away), last.pt (the same command again resumes from it), log.csv,
 args.json, views.png.  Batch sizes are global: the same command sees the same batches on any number of processes.
 
-Read on: recipes and flags; the process group; batches; the training loop (`train`); the stages (`main`).
+Read on: recipes and flags; the process group; batches; the loop (`Trainer.step`, `train`); what is kept on disk
+(`TeacherCache`, `RunFolder`); the benchmark; the stages (`main`).
 """
 import argparse
 import csv
@@ -17,7 +18,10 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import statistics
 import sys
+import tempfile
 import textwrap
 import time
 from contextlib import contextmanager
@@ -33,8 +37,8 @@ from torch.utils.data import DataLoader
 
 from probe import (DATASETS, SMALL, Crops, Parser, evaluate, load_data, pick_device, report, save_neighbours, save_views,
                    with_labels)
-from seed import (SEED, Encoder, InputError, MoCo, Supervised, augment, load_teacher, read_checkpoint, save_encoder,
-                  uniforms)
+from seed import (SEED, Encoder, InputError, MoCo, Supervised, augment, info_nce, load_teacher, read_checkpoint,
+                  save_encoder, seed_loss, uniforms)
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
 NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
@@ -47,7 +51,7 @@ LOOK_AT, JUDGE_BY = 10_000, 50_000              # pictures of a split used for k
 PAPER = dict(image_size=224, small_images=False, crop_scale=(0.2, 1.0), blur=True, dim=128, hidden_dim=None,
              epochs=200, warmup_epochs=5, batch_size=256, lr=0.03, weight_decay=1e-4,
              queue_size=65536, tau_s=0.2, tau_t=0.01, key_momentum=0.999, eval_every=10,
-             teacher_arch="resnet50", teacher_method="moco", teacher_epochs=200)
+             teacher_arch="resnet50", teacher_method="moco", teacher_epochs=200, view_epochs=None)
 TINY = PAPER | dict(image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, queue_size=2048,
                     eval_every=5, teacher_arch="resnet18", teacher_epochs=12)
 TINY_METHODS = dict(seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, queue_size=256, key_momentum=0.99),
@@ -55,15 +59,16 @@ TINY_METHODS = dict(seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, queue_size
 RECIPES = {
     "imagenet": dict(common=PAPER),                                             # and folders of more than 64 px
     "shapes": TINY_METHODS | dict(common=TINY | dict(epochs=14, teacher_epochs=8, teacher_method="supervised")),
-    "folder": TINY_METHODS | dict(common=TINY),
+    "folder": TINY_METHODS | dict(common=TINY, moco=dict(lr=0.06, key_momentum=0.99)),
     "cifar": dict(common=TINY | dict(small_images=True, epochs=200, warmup_epochs=5, batch_size=256, queue_size=4096,
                                      eval_every=20, teacher_epochs=200),
                   seed=dict(lr=0.2), moco=dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1),
                   supervised=dict(lr=0.1, weight_decay=5e-4)),
 }
 # Flags that hold for --method alone, not for its teacher and rivals; and flags that may change before a run resumes.
-OF_THE_METHOD = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim")
-MAY_CHANGE = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps", "compare", "compile")
+OF_THE_METHOD = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim", "view_epochs")
+MAY_CHANGE = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps", "compare", "compile",
+              "teacher_cache", "benchmark")
 
 
 def parse_flags(argv=None):
@@ -84,6 +89,10 @@ def parse_flags(argv=None):
     flag("--teacher-arch", help="its network where the file does not say; or the network to train")
     flag("--teacher-method", choices=("moco", "supervised"), help="how to train it; supervised looks at labels")
     flag("--teacher-epochs", type=int, help="how long to train it; a better teacher makes a better student")
+
+    flag("--teacher-cache", metavar="DIR", help="keep the teacher's embeddings of all views there, for the next student "
+         "(SEED alone); on ImageNet 0.66 GB an epoch of views")
+    flag("--view-epochs", type=int, metavar="E", help="views of E epochs, over and over: a small cache, less variety")
 
     flag = parser.add_argument_group("the data").add_argument
     flag("--dataset", choices=DATASETS, default="shapes", help="shapes is drawn in code; folder: any pictures")
@@ -111,6 +120,8 @@ def parse_flags(argv=None):
     flag("--compile", action="store_true", help="torch.compile the networks; pays off in long runs")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--eval-every", type=int, help="epochs between two looks at kNN; 0: none")
+    flag("--benchmark", action="store_true", help="train nothing: measure where a step's time goes, and print "
+         "a table; without --teacher a random one is timed")
     flag("--compare", action="store_true", help="also train the same student by MoCo-v2 and with labels, for the table")
     return parser.parse_args(argv)
 
@@ -125,12 +136,14 @@ def resolve(args, method, **changes):
     given = {key: value for key, value in flags.items() if value is not None}
     s = SimpleNamespace(**(flags | recipe | given | dict(method=method) | changes))
     for key in ("epochs", "teacher_epochs", "batch_size", "image_size", "queue_size", "dim", "subset", "max_steps",
-                "lr", "tau_s", "tau_t"):
+                "view_epochs", "lr", "tau_s", "tau_t"):
         if getattr(s, key) is not None and not 0 < getattr(s, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} must be above 0, got {getattr(s, key)}")
     for key in ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed"):
         if getattr(s, key) is not None and not 0 <= getattr(s, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} must not be negative, got {getattr(s, key)}")
+    if args.teacher_cache and args.method != "seed":
+        raise InputError("--teacher-cache is for --method seed; the others have no teacher")
     s.warmup_epochs = min(s.warmup_epochs, s.epochs / 2)
     s.out = s.out or f"runs/{s.dataset}-{s.method}-{s.arch}"
     if s.workers is None:
@@ -198,39 +211,54 @@ def autocast_dtype(precision, device):
 
 
 # --------------------------------------------------------------------------------------------- the batches
-def plan(n, s, team, start, stop):
-    """(epoch, this rank's picture numbers) for each step.  An epoch's order follows from (seed, epoch); of each global
-    batch rank r of R takes every R-th picture from r on, so any number of ranks sees the same batches."""
-    per_epoch, order = n // s.batch_size, None
-    for step in range(start, stop):
+def plan(n, s, team, steps):
+    """(view epoch, this rank's picture numbers) for each step.  An epoch's order follows from (seed, epoch); of each
+    global batch rank r of R takes every R-th picture from r on, so any number of ranks sees the same batches.  With
+    --view-epochs E the views of epoch e are those of e mod E; the order is always e's own."""
+    per_epoch, ordered = n // s.batch_size, None
+    for step in steps:
         epoch, k = divmod(step, per_epoch)
-        if order is None or k == 0:
-            order = np.random.default_rng((s.seed, epoch)).permutation(n)
-        yield epoch, order[k * s.batch_size:(k + 1) * s.batch_size][team.rank::team.ranks]
+        if ordered != epoch:
+            order, ordered = np.random.default_rng((s.seed, epoch)).permutation(n), epoch
+        mine = order[k * s.batch_size:(k + 1) * s.batch_size][team.rank::team.ranks]
+        yield epoch % s.view_epochs if s.view_epochs else epoch, mine
 
 
-def batches(train, s, team, count, start, stop):
-    """For each step, on the device: `count` views, a list of float [B, 3, S, S], and labels, int64 [B] or None.
+def put(x, device):
+    """Move a tensor to the device; the CPU does not wait until it is there, for which a GPU wants pinned memory."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
-    Decoded pictures lie on the device, and a batch is an index.  From disk, workers send crops, uint8, and all that
-    follows the crop happens on the device.
-    """
-    put = lambda x: x.to(team.device, non_blocking=team.device.type == "cuda")
-    steps = plan(len(train), s, team, start, stop)
+
+def read(train, s, team, count, steps):
+    """For each step: view epoch, picture numbers int64 [B], and for each of `count` views what it is made from, uint8
+    [B, 3, H, W] on the device; decoded pictures lie there, and a batch is an index.  From disk, workers send crops."""
+    planned = plan(len(train), s, team, steps)
     if train.pixels is not None:
-        pixels, scale = put(train.pixels), s.crop_scale
-        source = ((epoch, index, [pixels[put(torch.from_numpy(index))]] * count) for epoch, index in steps)
+        pixels = put(train.pixels, team.device)
+        for epoch, index in planned:
+            yield epoch, index, [pixels[put(torch.from_numpy(index), team.device)]] * count
     else:
-        asked = ([(epoch, int(i)) for i in index] for epoch, index in steps)
+        asked = ([(epoch, int(i)) for i in index] for epoch, index in planned)
         loader = DataLoader(Crops(train.files, s.image_size, count, s.seed, s.crop_scale), batch_sampler=asked,
                             num_workers=s.workers, pin_memory=team.device.type == "cuda")
-        scale = None                                                            # cut out already
-        source = ((int(epoch[0]), index.numpy(), put(crops).unbind(1)) for crops, epoch, index in loader)
-    for epoch, index, crops in source:
-        views = [augment(crop, uniforms(s.seed, epoch, index, view), s.image_size, scale, s.blur)
-                 for view, crop in enumerate(crops)]
-        labels = None if train.labels is None else put(train.labels[index])
-        yield [view.contiguous(memory_format=torch.channels_last) for view in views], labels
+        for crops, epoch, index in loader:
+            yield int(epoch[0]), index.numpy(), put(crops, team.device).unbind(1)
+
+
+def make_views(train, s, epoch, index, sources):
+    """A list of float [B, 3, S, S] out of what `read` gives: all that follows the crop happens on the device."""
+    scale = s.crop_scale if train.pixels is not None else None                  # crops from disk are cut out already
+    views = [augment(source, uniforms(s.seed, epoch, index, view), s.image_size, scale, s.blur)
+             for view, source in enumerate(sources)]
+    return [view.contiguous(memory_format=torch.channels_last) for view in views]
+
+
+def batches(train, s, team, count, steps):
+    """For each step, on the device: `count` views, a list of float [B, 3, S, S]; labels, int64 [B] or None; and which
+    views they are: view epoch and picture numbers."""
+    for epoch, index, sources in read(train, s, team, count, steps):
+        labels = None if train.labels is None else put(train.labels[index], team.device)
+        yield make_views(train, s, epoch, index, sources), labels, (epoch, index)
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -257,50 +285,135 @@ def rate_at(step, s, per_epoch):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+class Trainer:
+    """A method in training: its networks, its optimiser, and the step that moves them."""
+
+    def __init__(self, s, data, team, teacher=None):
+        self.s, self.team, self.per_epoch = s, team, len(data.train) // s.batch_size
+        self.method, self.dtype = build(s, data, teacher, team), autocast_dtype(s.precision, team.device)
+        learning = [p for p in self.method.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(learning, s.lr, momentum=0.9, weight_decay=s.weight_decay)
+        self.scaler = torch.amp.GradScaler(team.device.type, enabled=self.dtype == torch.float16)
+        self.cache, self.model = None, self.method
+
+    def start(self):
+        """Compile and distribute, once the weights are in place."""
+        if self.s.compile:
+            for network in (self.method.encoder, getattr(self.method, "teacher", None)):
+                if network:
+                    network.compile()
+        if self.team.ranks > 1:
+            self.model = DistributedDataParallel(self.method, broadcast_buffers=False)
+
+    def autocast(self):
+        """The block in which networks compute in the run's precision."""
+        return torch.autocast(self.team.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def update(self, loss):
+        """Backward, and move the weights."""
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def step(self, number, views, labels, which):
+        """One training step: views, a list of [B, 3, S, S]; labels [B]; which views they are, for the cache."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(number, self.s, self.per_epoch)
+        chance = (self.s.seed * 2**32 + number) * self.team.ranks + self.team.rank  # for dropout and MoCo's shuffle
+        torch.manual_seed(chance % 2**63)
+        with self.autocast():
+            kept = dict(teacher_z=self.cache(views[0], *which)) if self.cache else {}
+            loss, stats = self.model(views, labels, **kept)
+        self.update(loss)
+        self.method.finish_step()                                               # now the queue may move
+        return loss, stats, group["lr"]
+
+
 def train(s, data, team, teacher=None):
     """Train one network by `s.method`; resumes where its folder was left.  Returns the seconds of training so far."""
-    per_epoch, dtype = len(data.train) // s.batch_size, autocast_dtype(s.precision, team.device)
-    total = min(s.epochs * per_epoch, s.max_steps or math.inf)
-    method = build(s, data, teacher, team)
-    learning = [p for p in method.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learning, s.lr, momentum=0.9, weight_decay=s.weight_decay)
-    scaler = torch.amp.GradScaler(team.device.type, enabled=dtype == torch.float16)
-    folder = RunFolder(s, data, method, optimizer, scaler)
+    trainer = Trainer(s, data, team, teacher)
+    total = min(s.epochs * trainer.per_epoch, s.max_steps or math.inf)
+    folder = RunFolder(s, data, trainer)
     start, seconds = folder.resume()
     if start >= total:
         say(f"finished before, after {start} steps: {folder.path}/encoder.pt; delete that folder to train anew")
         return seconds
-    if s.compile:
-        for network in [method.encoder] + ([teacher] if teacher else []):
-            network.compile()
-    model = DistributedDataParallel(method, broadcast_buffers=False) if team.ranks > 1 else method
-    judge = lambda: evaluate(method.encoder, data, team.device, s.workers, LOOK_AT, linear=False)[0]["knn"]
-    progress = Progress(s, folder, judge if data.judged else None, start, total, per_epoch, seconds)
-    stream = batches(data.train, s, team, method.views_needed, start, total)
-
+    trainer.start()
+    if teacher and s.teacher_cache:
+        trainer.cache = TeacherCache(s.teacher_cache, s, data, teacher, trainer.dtype)
+        trainer.cache.ask_for_room()
+    judge = lambda: evaluate(trainer.method.encoder, data, team.device, s.workers, LOOK_AT, linear=False)[0]["knn"]
+    progress = Progress(s, folder, judge if data.judged else None, start, total, trainer.per_epoch, seconds)
+    stream = batches(data.train, s, team, trainer.method.views_needed, range(start, total))
     for step in range(start, total):
-        views, labels = progress.wait_for(stream)                               # a list of [B, 3, S, S]; [B]
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, s, per_epoch)
-        torch.manual_seed(((s.seed * 2**32 + step) * team.ranks + team.rank) % 2**63)      # for dropout, MoCo's shuffle
-        with torch.autocast(team.device.type, dtype=dtype, enabled=dtype is not None):
-            loss, stats = model(views, labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        method.finish_step()                                                    # now the queue may move
-        progress.step_done(step + 1, loss, stats, group["lr"])                  # log, look at kNN, save
+        loss, stats, lr = trainer.step(step, *progress.wait_for(stream))
+        progress.step_done(step + 1, loss, stats, lr)                           # log, look at kNN, save
     return progress.seconds
+
+
+class TeacherCache:
+    """The teacher's place taken by its answers: what it said of a view once, it would say again.
+
+    A view is a pure function of (seed, epoch, index), so its embedding can be kept, and the next student, temperature or
+    queue length does without the teacher.  DIR/z.float32 is a memory-mapped array, float32 [E, N, D]; a row whose norm
+    is not 1 (not yet written, or torn by a kill) has its batch computed again.  DIR/fingerprint.json says whose answers
+    to what they are.  What a fingerprint cannot know (pictures or code that have changed) shows in the first batch, for
+    which the teacher is asked all the same.
+
+    Raises: InputError if DIR holds other answers, or if the disk has no room.
+    """
+
+    def __init__(self, path, s, data, teacher, dtype):
+        self.path, self.teacher, self.trusted = Path(path), teacher, False
+        names = ("dataset", "pictures", "seed", "subset", "image_size", "crop_scale", "blur")
+        here = {name: value for name, value in identity(s, data).items() if name in names}
+        here |= dict(teacher=fingerprint(teacher), dim=teacher.dim, precision=str(dtype or torch.float32))
+        self.shape = (min(s.view_epochs or s.epochs, s.epochs), len(data.train), teacher.dim)       # [E, N, D]
+        note, self.file = self.path / "fingerprint.json", self.path / "z.float32"
+        with first_goes_first():
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not note.exists() and not self.file.exists():
+                (self.path / "fingerprint.tmp").write_text(json.dumps(here, indent=1) + "\n")
+                os.replace(self.path / "fingerprint.tmp", note)
+            there = json.loads(note.read_text()) if note.exists() else {}
+            if other := differences(there, here):
+                raise InputError(f"--teacher-cache {self.path} holds other answers ({other}); name another folder")
+            self.file.touch()
+            self.rows = np.memmap(self.file, np.float32, "r+", shape=self.shape)    # a shorter file grows; new rows are 0
+
+    def ask_for_room(self):
+        """Say how large the file will be, and refuse if the disk is too small (a full one would kill the run)."""
+        size, taken = 4 * math.prod(self.shape), getattr(self.file.stat(), "st_blocks", 0) * 512
+        free = shutil.disk_usage(self.path).free + taken
+        if size > free:
+            raise InputError(f"--teacher-cache {self.path} would take {size / 1e9:.2f} GB and has room for "
+                             f"{free / 1e9:.2f}; lower --view-epochs")
+        say(f"  teacher cache: {' x '.join(map(str, self.shape))} float32, {size / 1e9:.2f} GB in the end, in {self.path}")
+
+    @torch.no_grad()
+    def __call__(self, view, epoch, index):
+        """The teacher's embeddings, float32 [B, D], of `view` [B, 3, S, S]: pictures `index` [B] in view epoch `epoch`."""
+        kept = torch.from_numpy(self.rows[epoch, index])                        # [B, D], a copy
+        whole = bool(((kept.norm(dim=1) - 1).abs() < 1e-4).all())
+        if whole and self.trusted:
+            return put(kept, view.device)
+        z = self.teacher(view)                                                  # [B, D]
+        if whole and not (kept * z.cpu()).sum(1).min() > 0.99:
+            raise InputError(f"--teacher-cache {self.path}: the teacher answers differently now (other pictures or code?); "
+                             "delete that folder")
+        self.rows[epoch, index] = z.cpu().numpy()
+        self.trusted = self.trusted or whole
+        return z
 
 
 class RunFolder:
     """What a run leaves on disk: args.json, views.png, last.pt (to resume), encoder.pt (to take away)."""
 
-    def __init__(self, s, data, method, optimizer, scaler):
+    def __init__(self, s, data, trainer):
         self.path, self.s, self.data = Path(s.out), s, data
-        self.method, self.optimizer, self.scaler = method, optimizer, scaler
-        self.teacher = getattr(method, "teacher", None)
+        self.method, self.optimizer, self.scaler = trainer.method, trainer.optimizer, trainer.scaler
+        self.teacher = getattr(self.method, "teacher", None)
         self.identity = identity(s, data) | dict(teacher=self.teacher and fingerprint(self.teacher))
 
     def resume(self):
@@ -344,10 +457,15 @@ def read_run(path, here):
     if "identity" not in state:
         raise InputError(f"{path / 'last.pt'} is not a run's checkpoint; name another --out, or delete it")
     there = json.loads(state["identity"])
-    other = [f"{key} {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
-    if other:
-        raise InputError(f"{path} holds a run with other settings ({'; '.join(other)}); use those or another --out")
+    if other := differences(there, here):
+        raise InputError(f"{path} holds a run with other settings ({other}); use those or another --out")
     return state
+
+
+def differences(there, here):
+    """Where dict `there` says otherwise than dict `here`, in words; "" if nowhere."""
+    other = [key for key in here if there.get(key) != here[key]]
+    return "; ".join(f"{key} {there.get(key)} there, {here[key]} here" for key in other)
 
 
 def fingerprint(module):
@@ -440,6 +558,114 @@ class Progress:
             self.printed = time.perf_counter()
 
 
+# ------------------------------------------------------------------------------------------- the benchmark
+def timed(work, device, calls):
+    """Seconds that a call of `work` takes, over some calls in a row; a GPU is asked for its own clock."""
+    if dist.is_initialized():
+        dist.barrier()
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    if device.type == "cuda":
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+    if device.type == "mps":
+        torch.mps.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def parts_of_a_step(trainer, data):
+    """What a step consists of, by name: functions that do one part, again and again, on one batch."""
+    s, team, method = trainer.s, trainer.team, trainer.method
+    epoch, index, sources = next(read(data.train, s, team, method.views_needed, [0]))
+    views = make_views(data.train, s, epoch, index, sources)
+    with torch.no_grad(), trainer.autocast():
+        key = method.encoder(views[0])                                          # [B, D], any unit rows
+
+    def frozen(network):
+        with torch.no_grad(), trainer.autocast():
+            network(views[-1])
+
+    def student():
+        with trainer.autocast():
+            loss = (method.encoder(views[0]) * key).sum()                       # any gradient
+        trainer.update(loss)
+
+    def loss_and_queue():
+        z, queue = key.clone().requires_grad_(), method.queue.features
+        seed = s.method == "seed"
+        loss = seed_loss(z, key, queue, s.tau_s, s.tau_t, {}) if seed else info_nce(z, key, queue, s.tau_s, {})
+        loss.backward()
+        method.latest = key
+        method.finish_step()
+
+    parts = {"augmentation": lambda: make_views(data.train, s, epoch, index, sources)}
+    if s.method == "seed":
+        parts |= {"teacher": lambda: frozen(method.teacher)}
+    if s.method == "moco":
+        parts |= {"key encoder": lambda: frozen(method.key_encoder)}
+    parts |= {"student: forward, backward, update": student}
+    return parts | ({} if s.method == "supervised" else {"loss and queue": loss_and_queue})
+
+
+def benchmark(s, data, team, teacher=None, repeats=7):
+    """Print where a step's time goes: its parts alone, then whole steps on fresh batches; medians."""
+    s = SimpleNamespace(**vars(s) | dict(view_epochs=1))
+    trainer, device = Trainer(s, data, team, teacher), team.device
+    trainer.start()
+    stop = s.epochs * trainer.per_epoch                                         # where the rate is 0: nothing moves
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
+    calls = 10 if device.type == "cuda" else 1
+    ahead = max(calls, 2 * s.workers) if data.train.pixels is None else calls   # batches that workers may have ready
+    steps = [step % trainer.per_epoch for step in range((repeats + 1) * ahead)]
+
+    def on_fresh_batches(make, use):
+        stream = make(data.train, s, team, trainer.method.views_needed, steps)
+        seconds = [timed(lambda: use(next(stream)), device, ahead) for _ in range(repeats + 1)][1:]
+        stream.close()                                                          # ends the workers
+        return seconds
+
+    parts = parts_of_a_step(trainer, data)
+    times = {name: [] for name in parts}
+    for name, work in [*parts.items()] * (repeats + 1):                         # in turns: all see the same weather
+        times[name].append(timed(work, device, calls))
+    times = {name: values[1:] for name, values in times.items()}                # the first turn was to warm up
+    times = dict(reading=on_fresh_batches(read, lambda batch: None)) | times
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times["whole step"] = on_fresh_batches(batches, lambda batch: trainer.step(stop, *batch))
+    if teacher:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.cache = TeacherCache(folder, s, data, teacher, trainer.dtype)
+            for epoch, index in plan(len(data.train), s, team, steps):
+                trainer.cache.rows[epoch, index] = teacher.dim**-0.5            # answers as good as any, for the clock
+            trainer.cache.trusted = True
+            times["whole step, teacher cached"] = on_fresh_batches(batches, lambda batch: trainer.step(stop, *batch))
+    show({name: statistics.median(values) for name, values in times.items()}, s.batch_size)
+    if device.type == "cuda":
+        say(f"peak memory on the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def show(t, batch_size):
+    """Print the benchmark's table; t: seconds a step, by part."""
+    say(f"\n{'':36s}ms a step  images/s")
+    for name, seconds in t.items():
+        say(f"{name:36s}{1e3 * seconds:9.2f}{batch_size / seconds:10.0f}")
+    student = t["student: forward, backward, update"]
+    networks = student + t.get("teacher", t.get("key encoder", 0))
+    for name, floor in (("whole step", networks), ("whole step, teacher cached", student)):
+        if name in t:
+            say(f"{name}: its networks alone take {1e3 * floor:.2f} ms, {floor / t[name]:.2f} of it")
+    if "whole step, teacher cached" in t:
+        factor = t["whole step"] / t["whole step, teacher cached"]
+        say(f"a second student of this teacher trains {factor:.2f} times as fast")
+
+
 # ---------------------------------------------------------------------------------------------- the stages
 def check(s, data, team):
     """Refuse what cannot work before anything is trained; cap a queue that is too long."""
@@ -457,12 +683,17 @@ def check(s, data, team):
         s.queue_size = len(data.train)
     here = identity(s, data)
     here.pop("dim")                                                             # which a student takes from its teacher
-    read_run(Path(s.out), here)                                                 # is the folder another run's?
+    if not s.benchmark:
+        read_run(Path(s.out), here)                                             # is the folder another run's?
 
 
 def get_teacher(args, s, data, team):
     """The frozen teacher, from a file or trained here first and kept for the next student; and its seconds."""
     path, seconds = args.teacher, None
+    if not path and args.benchmark:                                             # any weights take the same time
+        teacher = Encoder(s.teacher_arch, s.dim, None, s.small_images, s.image_size).eval().requires_grad_(False)
+        teacher.made, teacher.labels_seen = f"{s.teacher_arch}, random weights", False
+        return teacher.to(team.device, memory_format=torch.channels_last), None
     if not path and s.dataset == "imagenet":
         raise InputError(f"no --teacher: use a published one, --teacher {PUBLISHED}, or train one for some days: "
                          "torchrun --nproc_per_node=8 train.py --method moco --arch resnet50 --dataset imagenet "
@@ -488,7 +719,7 @@ def get_teacher(args, s, data, team):
 def announce(s, data):
     """Print the resolved settings of a stage, and what its figures mean."""
     idle = dict(seed=("key_momentum",), moco=("tau_t",), supervised=("queue_size", "tau_s", "tau_t", "key_momentum"))
-    hidden = ("method", "arch", "out", "compare", "data", "dataset", *idle[s.method])
+    hidden = ("method", "arch", "out", "compare", "benchmark", "data", "dataset", *idle[s.method])
     words = [f"{key}={value}" for key, value in sorted(vars(s).items())
              if value is not None and key not in hidden and not key.startswith("teacher")]
     say(textwrap.fill(" ".join(words), 116, initial_indent="  ", subsequent_indent="  "))
@@ -534,7 +765,7 @@ def main(argv=None):
     untrained = Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size)     # also refuses a bad name early
     rows = [dict(name=f"{s.arch}, untrained", encoder=untrained, seconds=None, labels="no")]
     students = [s]
-    if args.compare:
+    if args.compare and not args.benchmark:
         others = ["moco"] + ["supervised"] * bool(data.classes)
         students += [resolve(args, method, out=f"{s.out}/{method}") for method in others if method != s.method]
 
@@ -552,6 +783,10 @@ def main(argv=None):
         seen = {True: "yes", False: "no", None: "unknown"}[teacher.labels_seen]
         labels["seed"] = "by its teacher" if teacher.labels_seen else seen
         rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds, labels=seen))
+    if args.benchmark:
+        announce(s, data)
+        benchmark(s, data, team, teacher)
+        students = []
     for student in students:
         name = f"{student.arch} by {NAMES[student.method]}"
         say(f"\n{'stage 2: ' if teacher and student is s else ''}{name}, in {student.out}")
@@ -561,7 +796,7 @@ def main(argv=None):
         rows.append(dict(name=name, encoder=encoder, seconds=seconds, labels=labels[student.method]))
     if dist.is_initialized():
         dist.destroy_process_group()
-    if is_first():
+    if is_first() and students:
         table(rows, data, s, team)
 
 
