@@ -59,7 +59,7 @@ TINY_METHODS = dict(seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, queue_size
 RECIPES = {
     "imagenet": dict(common=PAPER),                                             # and folders of more than 64 px
     "shapes": TINY_METHODS | dict(common=TINY | dict(epochs=14, teacher_epochs=8, teacher_method="supervised")),
-    "folder": TINY_METHODS | dict(common=TINY, moco=dict(lr=0.06, key_momentum=0.99)),
+    "folder": TINY_METHODS | dict(common=TINY, seed=dict(lr=0.1, tau_t=0.05), moco=dict(lr=0.06, key_momentum=0.99)),
     "cifar": dict(common=TINY | dict(small_images=True, epochs=200, warmup_epochs=5, batch_size=256, queue_size=4096,
                                      eval_every=20, teacher_epochs=200),
                   seed=dict(lr=0.2), moco=dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1),
