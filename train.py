@@ -677,7 +677,7 @@ def check(s, data, team):
     if s.method == "supervised" and not data.classes:
         raise InputError(f"training with labels needs them, and {s.data} has none; use class folders, or "
                          "--teacher-method moco")
-    if s.queue_size > len(data.train):
+    if s.queue_size > len(data.train) and not s.benchmark:
         if s.method != "supervised":
             say(f"note: the queue of {s.queue_size:,} is capped at the {len(data.train):,} training pictures")
         s.queue_size = len(data.train)
