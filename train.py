@@ -615,38 +615,38 @@ def parts_of_a_step(trainer, data):
 def benchmark(s, data, team, teacher=None, repeats=7):
     """Print where a step's time goes: its parts alone, then whole steps on fresh batches; medians."""
     s = SimpleNamespace(**vars(s) | dict(view_epochs=1))
-    trainer, device = Trainer(s, data, team, teacher), team.device
+    trainer, device, stop = Trainer(s, data, team, teacher), team.device, s.epochs * (len(data.train) // s.batch_size)
     trainer.start()
-    stop = s.epochs * trainer.per_epoch                                         # where the rate is 0: nothing moves
     for group in trainer.optimizer.param_groups:
-        group["lr"] = 0.0
-    calls = 10 if device.type == "cuda" else 1
-    ahead = max(calls, 2 * s.workers) if data.train.pixels is None else calls   # batches that workers may have ready
+        group["lr"] = 0.0                                                       # as at `stop`: nothing moves
+    workers, calls = data.train.pixels is None, 10 if device.type == "cuda" else 1
+    ahead = max(calls, 2 * s.workers) if workers else calls                     # batches that may be ready beforehand
     steps = [step % trainer.per_epoch for step in range((repeats + 1) * ahead)]
 
-    def on_fresh_batches(make, use):
-        stream = make(data.train, s, team, trainer.method.views_needed, steps)
-        seconds = [timed(lambda: use(next(stream)), device, ahead) for _ in range(repeats + 1)][1:]
-        stream.close()                                                          # ends the workers
-        return seconds
+    def step(batch, cache=None):
+        trainer.cache = cache
+        trainer.step(stop, *batch)
 
-    parts = parts_of_a_step(trainer, data)
-    times = {name: [] for name in parts}
-    for name, work in [*parts.items()] * (repeats + 1):                         # in turns: all see the same weather
-        times[name].append(timed(work, device, calls))
-    times = {name: values[1:] for name, values in times.items()}                # the first turn was to warm up
-    times = dict(reading=on_fresh_batches(read, lambda batch: None)) | times
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times["whole step"] = on_fresh_batches(batches, lambda batch: trainer.step(stop, *batch))
-    if teacher:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer.cache = TeacherCache(folder, s, data, teacher, trainer.dtype)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        uses = {"reading": (read, lambda batch: None), "whole step": (batches, step)}
+        if teacher:
+            cache = TeacherCache(folder, s, data, teacher, trainer.dtype)
             for epoch, index in plan(len(data.train), s, team, steps):
-                trainer.cache.rows[epoch, index] = teacher.dim**-0.5            # answers as good as any, for the clock
-            trainer.cache.trusted = True
-            times["whole step, teacher cached"] = on_fresh_batches(batches, lambda batch: trainer.step(stop, *batch))
-    show({name: statistics.median(values) for name, values in times.items()}, s.batch_size)
+                cache.rows[epoch, index] = teacher.dim**-0.5                    # answers as good as any, for the clock
+            cache.trusted = True
+            uses |= {"whole step, teacher cached": (batches, lambda batch: step(batch, cache))}
+        streams = {name: make(data.train, s, team, trainer.method.views_needed, steps) for name, (make, _) in uses.items()}
+        works = {name: lambda name=name: uses[name][1](next(streams[name])) for name in streams}
+        works = dict(reading=works.pop("reading")) | parts_of_a_step(trainer, data) | works
+        # In turns, so that all see the same weather; but workers would read on while others are timed, so they go alone.
+        groups = [[name for name in works if name not in streams], *([name] for name in streams)] if workers else [works]
+        times = {name: [] for name in works}
+        for group in groups:
+            for name in [*group] * (repeats + 1):
+                times[name].append(timed(works[name], device, ahead if name in streams else calls))
+            for name in streams.keys() & group:
+                streams[name].close()
+    show({name: statistics.median(values[1:]) for name, values in times.items()}, s.batch_size)
     if device.type == "cuda":
         say(f"peak memory on the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
