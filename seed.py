@@ -483,9 +483,9 @@ def crop_and_resize(images, box, size):
     return separable(images, rows, columns)
 
 
-def blend(images, other, factor):
-    """factor * images + (1 - factor) * other, kept in [0, 1]; factor [B, 1, 1, 1]."""
-    return torch.lerp(other, images, factor).clamp_(0, 1)
+def blend_(images, other, factor):
+    """images becomes factor * images + (1 - factor) * other, kept in [0, 1]; factor [B, 1, 1, 1]."""
+    return images.lerp_(other, 1 - factor).clamp_(0, 1)
 
 
 def to_grey(images):
@@ -505,9 +505,9 @@ def shift_hue(images, turn):
     chroma = value - images.amin(1)
     safe = torch.where(chroma > 0, chroma, 1)                           # grey has no hue: any will do
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = hue + 6 * turn[:, 0]
-    k = torch.stack([(n + hue) % 6 for n in (5, 3, 1)], dim=1)          # [B, 3, H, W]
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    n = torch.arange(5, 0, -2, device=images.device)[:, None, None]     # 5, 3, 1
+    k = ((hue + 6 * turn[:, 0])[:, None] + n).remainder_(6)             # [B, 3, H, W]
+    return torch.addcmul(value[:, None], chroma[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 
 
 def gaussian_blur(images, sigma):
@@ -535,7 +535,7 @@ def _normalisation(device):
 def normalise(images):
     """images uint8 or float in [0, 1], [B, 3, H, W] -> (x - ImageNet's mean) / its deviation, float32, per channel."""
     mean, std = _normalisation(images.device)
-    return (as_float(images) - mean) / std
+    return (as_float(images) - mean).div_(std)
 
 
 def as_float(images):
@@ -574,9 +574,9 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
 
     jitter = (column(JITTER) < JITTER_P).float()                        # off: factor 1 and turn 0, which change nothing
     factor = lambda i: 1 + jitter * STRENGTH * (2 * column(i) - 1)      # uniform in 0.6 .. 1.4
-    x = (x * factor(BRIGHT)).clamp_(0, 1)
-    x = blend(x, to_grey(x).mean((2, 3), keepdim=True), factor(CONTRAST))
-    x = blend(x, to_grey(x), factor(SATURATE))
+    x.mul_(factor(BRIGHT)).clamp_(0, 1)                                 # in place: x is ours since the flip
+    blend_(x, to_grey(x).mean((2, 3), keepdim=True), factor(CONTRAST))
+    blend_(x, to_grey(x), factor(SATURATE))
     x = shift_hue(x, jitter * HUE_STRENGTH * (2 * column(HUE) - 1))
 
     x = torch.where(column(GREY) < GREY_P, to_grey(x), x)

@@ -512,8 +512,8 @@ def test_colour_operations_are_torchvisions():
     """Same names, same meaning: settings carry over from every other code base."""
     x, f = torch.rand(5, 3, 20, 30), torch.tensor([0.6, 0.8, 1.0, 1.2, 1.4])
     turn, column = torch.tensor([-0.1, -0.03, 0.0, 0.07, 0.5]), lambda v: v[:, None, None, None]
-    contrast = seed.blend(x, seed.to_grey(x).mean((2, 3), keepdim=True), column(f))
-    saturation, hue = seed.blend(x, seed.to_grey(x), column(f)), seed.shift_hue(x, column(turn))
+    contrast = seed.blend_(x.clone(), seed.to_grey(x).mean((2, 3), keepdim=True), column(f))
+    saturation, hue = seed.blend_(x.clone(), seed.to_grey(x), column(f)), seed.shift_hue(x, column(turn))
     for i in range(5):
         assert (contrast[i] - T.adjust_contrast(x[i], f[i].item())).abs().max() < 1e-4
         assert (saturation[i] - T.adjust_saturation(x[i], f[i].item())).abs().max() < 1e-4

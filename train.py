@@ -751,6 +751,7 @@ def table(rows, data, s, team):
 
 
 def main(argv=None):
+    torch.set_flush_denormal(True)              # far from a neighbour p_t is below 1e-38, where CPUs count very slowly
     args = parse_flags(argv)
     s = resolve(args, args.method)
     team = join_team(args.device)
