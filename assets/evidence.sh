@@ -8,7 +8,7 @@ teacher="--teacher runs/evidence/teacher/encoder.pt"
 # a teacher without labels; then two students, each by SEED, by MoCo-v2 and with labels
 $run --method moco --arch resnet18 --epochs 60 --eval-every 10 --out runs/evidence/teacher
 $run $teacher --arch mobilenet_v3_large --epochs 20 --compare --eval-every 4 --out runs/evidence/mobilenet_v3_large
-$run $teacher --arch efficientnet_b0 --epochs 12 --compare --eval-every 4 --out runs/evidence/efficientnet_b0
+$run $teacher --arch efficientnet_b0 --epochs 10 --compare --eval-every 5 --out runs/evidence/efficientnet_b0
 
 # ablations: one thing changed at a time, three seeds
 for seed in 0 1 2; do
