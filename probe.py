@@ -189,7 +189,7 @@ def read_crops(path, size, choose_boxes):
             sx, sy = image.width / width, image.height / height
             if image.mode.startswith("I"):                              # 16 bits of grey: convert() would clip
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
+            image = image if image.mode == "RGB" else image.convert("RGB")       # which would copy it all the same
             corners = [(left * sx, top * sy, (left + w) * sx, (top + h) * sy) for top, left, h, w in boxes]
             crops = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)) for box in corners]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
