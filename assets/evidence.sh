@@ -10,7 +10,7 @@ $run --method moco --arch resnet18 --epochs 60 --eval-every 10 --out runs/eviden
 $run $teacher --arch mobilenet_v3_large --epochs 20 --compare --eval-every 4 --out runs/evidence/mobilenet_v3_large
 $run $teacher --arch efficientnet_b0 --epochs 10 --compare --eval-every 5 --out runs/evidence/efficientnet_b0
 
-# ablations: one thing changed at a time, three seeds
+# ablations: one thing changed at a time; --seed also chooses the 10,000 pictures, so for 1 and 2 they are not the teacher's
 for seed in 0 1 2; do
     short="$run $teacher --epochs 4 --eval-every 4 --seed $seed --teacher-cache runs/evidence/cache-$seed"
     $short --out runs/evidence/ablation-$seed/base
