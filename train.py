@@ -54,12 +54,13 @@ PAPER = dict(image_size=224, small_images=False, crop_scale=(0.2, 1.0), blur=Tru
              teacher_arch="resnet50", teacher_method="moco", teacher_epochs=200, view_epochs=None)
 TINY = PAPER | dict(image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, queue_size=2048,
                     eval_every=5, teacher_arch="resnet18", teacher_epochs=12)
-TINY_METHODS = dict(seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, queue_size=256, key_momentum=0.99),
-                    supervised=dict(lr=0.1))
 RECIPES = {
     "imagenet": dict(common=PAPER),                                             # and folders of more than 64 px
-    "shapes": TINY_METHODS | dict(common=TINY | dict(epochs=14, teacher_epochs=8, teacher_method="supervised")),
-    "folder": TINY_METHODS | dict(common=TINY, seed=dict(lr=0.1, tau_t=0.05), moco=dict(lr=0.06, key_momentum=0.99)),
+    "shapes": dict(common=TINY | dict(epochs=14, teacher_epochs=8, teacher_method="supervised"),
+                   seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, queue_size=256, key_momentum=0.99),
+                   supervised=dict(lr=0.1)),
+    "folder": dict(common=TINY, seed=dict(lr=0.1, tau_t=0.05), moco=dict(lr=0.06, key_momentum=0.99),
+                   supervised=dict(lr=0.1)),
     "cifar": dict(common=TINY | dict(small_images=True, epochs=200, warmup_epochs=5, batch_size=256, queue_size=4096,
                                      eval_every=20, teacher_epochs=200),
                   seed=dict(lr=0.2), moco=dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1),
@@ -89,7 +90,6 @@ def parse_flags(argv=None):
     flag("--teacher-arch", help="its network where the file does not say; or the network to train")
     flag("--teacher-method", choices=("moco", "supervised"), help="how to train it; supervised looks at labels")
     flag("--teacher-epochs", type=int, help="how long to train it; a better teacher makes a better student")
-
     flag("--teacher-cache", metavar="DIR", help="keep the teacher's embeddings of all views there, for the next student "
          "(SEED alone); on ImageNet 0.66 GB an epoch of views")
     flag("--view-epochs", type=int, metavar="E", help="views of E epochs, over and over: a small cache, less variety")
@@ -615,12 +615,13 @@ def parts_of_a_step(trainer, data):
 def benchmark(s, data, team, teacher=None, repeats=7):
     """Print where a step's time goes: its parts alone, then whole steps on fresh batches; medians."""
     s = SimpleNamespace(**vars(s) | dict(view_epochs=1))
-    trainer, device, stop = Trainer(s, data, team, teacher), team.device, s.epochs * (len(data.train) // s.batch_size)
+    trainer, device = Trainer(s, data, team, teacher), team.device
     trainer.start()
+    stop = s.epochs * trainer.per_epoch                                         # where the schedule ends: rate 0
     for group in trainer.optimizer.param_groups:
-        group["lr"] = 0.0                                                       # as at `stop`: nothing moves
-    workers, calls = data.train.pixels is None, 10 if device.type == "cuda" else 1
-    ahead = max(calls, 2 * s.workers) if workers else calls                     # batches that may be ready beforehand
+        group["lr"] = 0.0                                                       # nothing moves
+    from_disk, calls = data.train.pixels is None, 10 if device.type == "cuda" else 1
+    ahead = max(calls, 2 * s.workers) if from_disk else calls                   # batches that may be ready beforehand
     steps = [step % trainer.per_epoch for step in range((repeats + 1) * ahead)]
 
     def step(batch, cache=None):
@@ -639,7 +640,8 @@ def benchmark(s, data, team, teacher=None, repeats=7):
         works = {name: lambda name=name: uses[name][1](next(streams[name])) for name in streams}
         works = dict(reading=works.pop("reading")) | parts_of_a_step(trainer, data) | works
         # In turns, so that all see the same weather; but workers would read on while others are timed, so they go alone.
-        groups = [[name for name in works if name not in streams], *([name] for name in streams)] if workers else [works]
+        alone = [[name for name in works if name not in streams], *([name] for name in streams)]
+        groups = alone if from_disk else [works]
         times = {name: [] for name in works}
         for group in groups:
             for name in [*group] * (repeats + 1):

@@ -1,5 +1,5 @@
 # The CIFAR-10 tables of the README, from an installed checkout:  sh assets/evidence.sh DIR
-# DIR holds CIFAR-10 as picture files, train/CLASS and val/CLASS.  Two CPU cores need about two hours and a half.
+# DIR holds CIFAR-10 as picture files, train/CLASS and val/CLASS.  Two CPU cores need some three hours (an estimate).
 # With a GPU: drop `--subset 10000`, and give the teacher 200 epochs and the students 100, with --small-images.
 set -e
 run="python train.py --dataset folder --data $1 --image-size 32 --subset 10000"
@@ -10,7 +10,7 @@ $run --method moco --arch resnet18 --epochs 60 --eval-every 10 --out runs/eviden
 $run $teacher --arch mobilenet_v3_large --epochs 20 --compare --eval-every 4 --out runs/evidence/mobilenet_v3_large
 $run $teacher --arch efficientnet_b0 --epochs 10 --compare --eval-every 5 --out runs/evidence/efficientnet_b0
 
-# ablations: one thing changed at a time; --seed also chooses the 10,000 pictures, so for 1 and 2 they are not the teacher's
+# ablations (the rows at other rates: with --lr 0.4, for instance): one thing changed at a time; --seed also chooses the 10,000 pictures, so for 1 and 2 they are not the teacher's
 for seed in 0 1 2; do
     short="$run $teacher --epochs 4 --eval-every 4 --seed $seed --teacher-cache runs/evidence/cache-$seed"
     $short --out runs/evidence/ablation-$seed/base
