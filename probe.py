@@ -28,7 +28,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from seed import (Encoder, InputError, as_float, augment, crop_and_resize, crop_box, load_teacher, normalise, uniforms)
+from seed import Encoder, InputError, as_float, augment, crop_and_resize, crop_box, load_teacher, normalise, uniforms
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 SMALL, MEMORY = 64, 2 * 2**30          # pictures up to 64 px are kept decoded, as long as they fit in 2 GiB
@@ -86,9 +86,9 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
         224); subset: train on that many pictures, chosen by `seed`.
     Returns: Data.  Raises: InputError for a directory or picture that is missing or cannot be read.
     """
-    image_size, root = image_size or native_size(name), Path(root)
+    image_size, root = image_size or native_size(name), Path(root).absolute()
     if name == "shapes":
-        train, test, classes = *(draw_shapes(n, split) for split, n in enumerate((5000, 2000))), SHAPE_CLASSES
+        train, test, classes = draw_shapes(5000, 0), draw_shapes(2000, 1), SHAPE_CLASSES
     elif name.startswith("cifar"):
         train, test, classes = read_cifar(name, root)
     else:
@@ -183,7 +183,7 @@ def read_crops(path, size, choose_boxes):
     try:
         with Image.open(path) as image:
             width, height = image.size
-            boxes = [[float(v) for v in box] for box in choose_boxes(height, width)]
+            boxes = choose_boxes(height, width)
             smallest = min(min(h, w) for _, _, h, w in boxes)
             image.draft("RGB", (int(width * size / smallest), int(height * size / smallest)))
             sx, sy = image.width / width, image.height / height
@@ -222,7 +222,7 @@ class Crops(Dataset):
     def __getitem__(self, item):
         epoch, index = item
         u = [uniforms(self.seed, epoch, [index], view) for view in range(self.views)]
-        random_boxes = lambda height, width: [crop_box(row, height, width, self.scale)[0] for row in u]
+        random_boxes = lambda height, width: [crop_box(row, height, width, self.scale)[0].tolist() for row in u]
         choose = random_boxes if self.views else centre_box(self.size)
         return read_crops(os.fsdecode(self.files[index]), self.size, choose), epoch, index
 
@@ -239,7 +239,7 @@ def draw_shapes(n, split):
     """
     label = torch.arange(n) % len(SHAPE_CLASSES)
     outline, texture, pick = label // len(TEXTURES), label % len(TEXTURES), torch.arange(n)
-    u = uniforms(0, split, pick)
+    u = uniforms(0, split, pick, view=-1)                                       # numbers that no view is made of
     column = lambda i: u[:, i, None, None]                                      # [N, 1, 1]
 
     grid = (torch.arange(32) + 0.5) / 16 - 1                                    # pixel centres in -1 .. 1
@@ -266,7 +266,8 @@ def draw_shapes(n, split):
 
 # -------------------------------------------------------------------------------------- features and judges
 def plain_views(pictures, size, device, workers, batch_size=256):
-    """The pictures uncropped and unchanged, normalised, on the device: float32 [B, 3, size, size] batch by batch."""
+    """The test views, normalised, on the device: float32 [B, 3, size, size] batch by batch.  Decoded pictures are taken
+    whole, those on disk by their `centre_box`."""
     if pictures.pixels is not None:
         source = (resize(pixels.to(device), size) for pixels in pictures.pixels.split(batch_size))
     else:
@@ -319,18 +320,18 @@ def fit_linear(x, y, classes, rates, epochs=100, batch_size=256):
 
     The paper's probe: SGD, momentum 0.9, no weight decay, 100 epochs, rate x 0.1 at 60 and 80.
     """
-    steps = torch.tensor(rates, device=x.device)[:, None, None]                 # [L, 1, 1]
+    rates = torch.tensor(rates, device=x.device)[:, None, None]                 # [L, 1, 1]
     weights = [torch.zeros(len(rates), n, classes, device=x.device, requires_grad=True) for n in (x.shape[1], 1)]
-    speeds = [torch.zeros_like(w) for w in weights]
+    momenta = [torch.zeros_like(w) for w in weights]
     for epoch in range(epochs):
-        rate = steps * (1 if epoch < 0.6 * epochs else 0.1 if epoch < 0.8 * epochs else 0.01)
+        lr = rates * (1 if epoch < 0.6 * epochs else 0.1 if epoch < 0.8 * epochs else 0.01)
         order = torch.from_numpy(np.random.default_rng(epoch).permutation(len(x))).to(x.device)
         for batch in order.split(batch_size):
             logits = x[batch] @ weights[0] + weights[1]                         # [L, B, C]
             loss = F.cross_entropy(logits.flatten(0, 1), y[batch].repeat(len(rates)), reduction="sum") / len(batch)
-            for w, v, g in zip(weights, speeds, torch.autograd.grad(loss, weights)):
-                v.mul_(0.9).add_(g)
-                w.data.sub_(rate * v)
+            for w, m, g in zip(weights, momenta, torch.autograd.grad(loss, weights)):
+                m.mul_(0.9).add_(g)
+                w.data.sub_(lr * m)
     return [w.detach() for w in weights]
 
 
@@ -472,7 +473,7 @@ def main(argv=None):
     flag("--seed", type=int, default=0, help="of the subset, and of random:ARCH")
     flag("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read pictures from disk")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
-    flag("--out", metavar="DIR", help="for probe.json and neighbours.png; beside the encoder if not given")
+    flag("--out", metavar="DIR", help="for probe.json and neighbours.png; beside the encoder's file, or here")
     args = parser.parse_args(argv)
     start = time.time()
     device = pick_device(args.device)

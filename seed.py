@@ -19,7 +19,8 @@ Departures from the authors' code, each explained where it happens:
   * tau_t = 0.01 by default, as in a later re-implementation; the authors' code says 1e-4, at which the teacher's
     ranking is all but one-hot;
   * enqueue after backward instead of before: the queue is never cloned;
-  * the colour operations of a view come in one fixed order; a crop's box need not lie on whole pixels.
+  * the colour operations of a view come in one fixed order; a crop's box need not lie on whole pixels, and where no
+    random shape fits, the largest that does lies anywhere.
 
 Read on: 1 losses, 2 queue, 3 encoders, 4 teachers, 5 views, 6 methods.  `python seed.py` distils a toy.
 """
@@ -60,8 +61,8 @@ def exact_float32(device):
         with torch.autocast(torch.device(device).type, enabled=False):
             yield
     finally:
-        for m, precision in zip(matmuls, before):
-            m.fp32_precision = precision
+        for m, precision in zip(matmuls, before):                       # "none": as the setting for all of torch says
+            m.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
 
 
 def ranking_logits(z, key, queue, tau):
@@ -489,7 +490,7 @@ def blend_(images, other, factor):
 
 
 def to_grey(images):
-    """Luma of RGB images [B, 3, H, W] -> [B, 1, H, W] (ITU-R 601, as Pillow and torchvision)."""
+    """Luma of RGB images [B, 3, H, W] -> [B, 1, H, W] (ITU-R 601, rounded as in torchvision)."""
     r, g, b = images.unbind(1)
     return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
 
@@ -528,19 +529,27 @@ def gaussian_blur(images, sigma):
 
 
 @cache
-def _normalisation(device):
+def mean_and_std(device):
+    """ImageNet's, float32 [1, 3, 1, 1] each; made once a device."""
     return [torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)]
 
 
 def normalise(images):
     """images uint8 or float in [0, 1], [B, 3, H, W] -> (x - ImageNet's mean) / its deviation, float32, per channel."""
-    mean, std = _normalisation(images.device)
+    mean, std = mean_and_std(images.device)
     return (as_float(images) - mean).div_(std)
 
 
 def as_float(images):
     """uint8 0..255 -> float32 0..1; other floats -> float32."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def to_device(x, device):
+    """The tensor on that device.  On its way to a GPU it passes pinned memory, so that the CPU need not wait."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 @torch.no_grad()
@@ -564,8 +573,8 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
         raise ValueError(f"expected images [B, 3, H, W] and u [B, {UNIFORMS}], got {[list(x.shape) for x in (images, u)]}")
     if scale is None and size not in (None, images.shape[2]):
         raise ValueError(f"without a crop (scale=None) pictures of {images.shape[2]} px cannot become {size} px")
-    blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(images.device, non_blocking=images.is_cuda)     # no waiting here
-    u, x = u.to(images.device, non_blocking=images.is_cuda), as_float(images)
+    blurred = to_device((u[:, BLUR] < BLUR_P).nonzero()[:, 0], images.device)      # counted on the CPU: no waiting
+    u, x = to_device(u, images.device), as_float(images)
     column = lambda i: u[:, i, None, None, None]                        # [B, 1, 1, 1]
 
     if scale is not None:

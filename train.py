@@ -7,7 +7,8 @@
         --teacher moco_v2_800ep_pretrain.pth.tar                     # eight GPUs, the paper's setting
 
 A run leaves a folder: encoder.pt (what you take away), last.pt (the same command again resumes from it), log.csv,
-args.json, views.png.  Batch sizes are global: the same command sees the same batches on any number of processes.
+args.json, results.json, views.png, neighbours.png.  Batch sizes are global: the same command sees the same batches on
+any number of processes.
 
 Read on: recipes and flags; the process group; batches; the loop (`Trainer.step`, `train`); what is kept on disk
 (`TeacherCache`, `RunFolder`); the benchmark; the stages (`main`).
@@ -18,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -26,6 +28,7 @@ import textwrap
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,15 +41,16 @@ from torch.utils.data import DataLoader
 from probe import (DATASETS, SMALL, Crops, Parser, evaluate, load_data, pick_device, report, save_neighbours, save_views,
                    with_labels)
 from seed import (SEED, Encoder, InputError, MoCo, Supervised, augment, info_nce, load_teacher, read_checkpoint,
-                  save_encoder, seed_loss, uniforms)
+                  save_encoder, seed_loss, to_device, uniforms)
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
 NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
 LOG_EVERY = 10                                  # steps between two rows of log.csv
-LOOK_AT, JUDGE_BY = 10_000, 50_000              # pictures of a split used for kNN on the way, and for the table
+KNN_SUBSET, EVAL_SUBSET = 10_000, 50_000        # pictures of a split used for kNN on the way, and for the table
 
 # ---------------------------------------------------------------------------------------- recipes and flags
-# What suits a data set, then what a method changes in it; a flag overrides its entry.  ImageNet's are the paper's.
+# What suits a data set, then what a method changes in it.  Most entries have a flag, which overrides them.  ImageNet's
+# are the paper's.
 # `lr` is the rate at batch 256 and grows with the batch.  tau_s is MoCo's temperature too.
 PAPER = dict(image_size=224, small_images=False, crop_scale=(0.2, 1.0), blur=True, dim=128, hidden_dim=None,
              epochs=200, warmup_epochs=5, batch_size=256, lr=0.03, weight_decay=1e-4,
@@ -116,7 +120,8 @@ def parse_flags(argv=None):
     flag = parser.add_argument_group("the run").add_argument
     flag("--out", metavar="DIR", help="the run's folder; runs/DATASET-METHOD-ARCH if not given")
     flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-         help="auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU; the loss is float32 always")
+         help="of the networks; auto: bf16 on a GPU that has it, else fp16; on a CPU fp32, but for a frozen teacher where "
+         "the CPU has matrix units for bf16; the loss is float32 always")
     flag("--compile", action="store_true", help="torch.compile the networks; pays off in long runs")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--eval-every", type=int, help="epochs between two looks at kNN; 0: none")
@@ -159,20 +164,21 @@ def identity(s, data):
 # ---------------------------------------------------------------------------------------- the process group
 def join_team(device):
     """This process's rank, the number of ranks, and its device; torchrun says so in the environment."""
-    rank, ranks, local, locals_ = (int(os.environ.get(name, default)) for name, default in
-                                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    told = lambda name, alone: int(os.environ.get(name, alone))
+    rank, ranks, local = told("RANK", 0), told("WORLD_SIZE", 1), told("LOCAL_RANK", 0)
     device, gpus = pick_device(device), torch.cuda.device_count()
-    if ranks != locals_:
+    if ranks != told("LOCAL_WORLD_SIZE", 1):
         raise InputError("several machines are not supported; start torchrun on one, with --nproc_per_node")
     if ranks > 1 and device.type == "mps":
         raise InputError("several processes need GPUs of NVIDIA's or --device cpu")
     if device.type == "cuda":
-        if locals_ > gpus:
-            raise InputError(f"{locals_} processes but {gpus} GPUs; lower --nproc_per_node")
+        if ranks > gpus:
+            raise InputError(f"{ranks} processes but {gpus} GPUs; lower --nproc_per_node")
         if ranks == 1 and gpus > 1:
-            print(f"note: {gpus - 1} GPUs stand idle; torchrun --nproc_per_node={gpus} {' '.join(sys.argv)}")
+            print(f"note: {gpus - 1} GPUs stand idle; torchrun --nproc_per_node={gpus} {shlex.join(sys.argv)}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True                                   # try out which convolution is fastest
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),
                                 device_id=device if device.type == "cuda" else None)
@@ -191,7 +197,7 @@ def say(*words):
 
 
 @contextmanager
-def first_goes_first():
+def rank_zero_first():
     """Rank 0 runs the block before the others do: what it downloads or writes, they find."""
     if dist.is_initialized() and not is_first():
         dist.barrier()
@@ -202,12 +208,15 @@ def first_goes_first():
             dist.barrier()
 
 
-def autocast_dtype(precision, device):
-    """The dtype networks compute in, or None for float32."""
-    if precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "fp32" if device.type != "cuda" else "bf16" if bf16 else "fp16"
-    return dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+def autocast_dtype(precision, device, frozen=False):
+    """The dtype networks compute in.  Some CPUs have matrix units for bf16: there a frozen network, which only goes
+    forward, is up to four times as fast in it; one in training is slower."""
+    if precision != "auto":
+        return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    units = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+    return torch.bfloat16 if frozen and units else torch.float32
 
 
 # --------------------------------------------------------------------------------------------- the batches
@@ -224,25 +233,20 @@ def plan(n, s, team, steps):
         yield epoch % s.view_epochs if s.view_epochs else epoch, mine
 
 
-def put(x, device):
-    """Move a tensor to the device; the CPU does not wait until it is there, for which a GPU wants pinned memory."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 def read(train, s, team, count, steps):
     """For each step: view epoch, picture numbers int64 [B], and for each of `count` views what it is made from, uint8
     [B, 3, H, W] on the device; decoded pictures lie there, and a batch is an index.  From disk, workers send crops."""
     planned = plan(len(train), s, team, steps)
     if train.pixels is not None:
-        pixels = put(train.pixels, team.device)
+        pixels = train.pixels.to(team.device)
         for epoch, index in planned:
-            yield epoch, index, [pixels[put(torch.from_numpy(index), team.device)]] * count
+            yield epoch, index, [pixels[to_device(torch.from_numpy(index), team.device)]] * count
     else:
         asked = ([(epoch, int(i)) for i in index] for epoch, index in planned)
         loader = DataLoader(Crops(train.files, s.image_size, count, s.seed, s.crop_scale), batch_sampler=asked,
                             num_workers=s.workers, pin_memory=team.device.type == "cuda")
         for crops, epoch, index in loader:
-            yield int(epoch[0]), index.numpy(), put(crops, team.device).unbind(1)
+            yield int(epoch[0]), index.numpy(), to_device(crops, team.device).unbind(1)
 
 
 def make_views(train, s, epoch, index, sources):
@@ -257,7 +261,7 @@ def batches(train, s, team, count, steps):
     """For each step, on the device: `count` views, a list of float [B, 3, S, S]; labels, int64 [B] or None; and which
     views they are: view epoch and picture numbers."""
     for epoch, index, sources in read(train, s, team, count, steps):
-        labels = None if train.labels is None else put(train.labels[index], team.device)
+        labels = None if train.labels is None else to_device(train.labels[index], team.device)
         yield make_views(train, s, epoch, index, sources), labels, (epoch, index)
 
 
@@ -276,12 +280,12 @@ def build(s, data, teacher, team):
     return method.to(team.device, memory_format=torch.channels_last).train()
 
 
-def rate_at(step, s, per_epoch):
+def lr_at(step, s, per_epoch):
     """Learning rate: linear warm-up, then half a cosine down to 0; scaled with the batch."""
     warmup, total = s.warmup_epochs * per_epoch, s.epochs * per_epoch
     peak = s.lr * s.batch_size / 256
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * min(1, (step + 1) / warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -290,24 +294,31 @@ class Trainer:
 
     def __init__(self, s, data, team, teacher=None):
         self.s, self.team, self.per_epoch = s, team, len(data.train) // s.batch_size
-        self.method, self.dtype = build(s, data, teacher, team), autocast_dtype(s.precision, team.device)
+        self.teacher, self.cache = teacher, None
+        self.method = self.model = build(s, data, teacher, team)
+        self.dtype, self.teacher_dtype = (autocast_dtype(s.precision, team.device, frozen) for frozen in (False, True))
         learning = [p for p in self.method.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(learning, s.lr, momentum=0.9, weight_decay=s.weight_decay)
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=self.dtype == torch.float16)
-        self.cache, self.model = None, self.method
 
     def start(self):
         """Compile and distribute, once the weights are in place."""
         if self.s.compile:
-            for network in (self.method.encoder, getattr(self.method, "teacher", None)):
-                if network:
-                    network.compile()
+            for name in ("encoder", "teacher", "key_encoder"):
+                if hasattr(self.method, name):
+                    getattr(self.method, name).compile()
         if self.team.ranks > 1:
             self.model = DistributedDataParallel(self.method, broadcast_buffers=False)
 
-    def autocast(self):
-        """The block in which networks compute in the run's precision."""
-        return torch.autocast(self.team.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+    def autocast(self, dtype):
+        """The block in which networks compute in `dtype`."""
+        return torch.autocast(self.team.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @torch.no_grad()
+    def ask_teacher(self, view, which):
+        """The teacher's embeddings of view [B, 3, S, S], float32 [B, D]: kept ones if there is a cache."""
+        with self.autocast(self.teacher_dtype):
+            return self.cache(view, *which) if self.cache else self.teacher(view)
 
     def update(self, loss):
         """Backward, and move the weights."""
@@ -319,12 +330,12 @@ class Trainer:
     def step(self, number, views, labels, which):
         """One training step: views, a list of [B, 3, S, S]; labels [B]; which views they are, for the cache."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(number, self.s, self.per_epoch)
-        chance = (self.s.seed * 2**32 + number) * self.team.ranks + self.team.rank  # for dropout and MoCo's shuffle
-        torch.manual_seed(chance % 2**63)
-        with self.autocast():
-            kept = dict(teacher_z=self.cache(views[0], *which)) if self.cache else {}
-            loss, stats = self.model(views, labels, **kept)
+            group["lr"] = lr_at(number, self.s, self.per_epoch)
+        step_seed = (self.s.seed * 2**32 + number) * self.team.ranks + self.team.rank   # for dropout and MoCo's shuffle
+        torch.manual_seed(step_seed % 2**63)
+        known = dict(teacher_z=self.ask_teacher(views[0], which)) if self.teacher else {}
+        with self.autocast(self.dtype):
+            loss, stats = self.model(views, labels, **known)
         self.update(loss)
         self.method.finish_step()                                               # now the queue may move
         return loss, stats, group["lr"]
@@ -341,14 +352,24 @@ def train(s, data, team, teacher=None):
         return seconds
     trainer.start()
     if teacher and s.teacher_cache:
-        trainer.cache = TeacherCache(s.teacher_cache, s, data, teacher, trainer.dtype)
+        trainer.cache = TeacherCache(s.teacher_cache, s, data, teacher, trainer.teacher_dtype)
         trainer.cache.ask_for_room()
-    judge = lambda: evaluate(trainer.method.encoder, data, team.device, s.workers, LOOK_AT, linear=False)[0]["knn"]
-    progress = Progress(s, folder, judge if data.judged else None, start, total, trainer.per_epoch, seconds)
+    progress, encoder = Progress(s, folder.path, start, total, trainer.per_epoch, seconds), trainer.method.encoder
     stream = batches(data.train, s, team, trainer.method.views_needed, range(start, total))
-    for step in range(start, total):
-        loss, stats, lr = trainer.step(step, *progress.wait_for(stream))
-        progress.step_done(step + 1, loss, stats, lr)                           # log, look at kNN, save
+    for step in range(start + 1, total + 1):
+        loss, stats, lr = trainer.step(step - 1, *progress.wait_for(stream))
+        progress.add(loss, stats)                                               # waits for nothing
+        epoch, rest = divmod(step, trainer.per_epoch)
+        save = not rest or step == total
+        if save or step % LOG_EVERY == 0:
+            row = progress.stop_clock(step, lr)
+            if is_first():
+                look = data.judged and s.eval_every and not rest and epoch % s.eval_every == 0
+                scores = evaluate(encoder, data, team.device, s.workers, KNN_SUBSET, linear=False)[0] if look else {}
+                progress.report(**row, knn=scores.get("knn"))
+                if save:
+                    folder.save(step, progress.seconds)
+            progress.start_clock()
     return progress.seconds
 
 
@@ -358,8 +379,8 @@ class TeacherCache:
     A view is a pure function of (seed, epoch, index), so its embedding can be kept, and the next student, temperature or
     queue length does without the teacher.  DIR/z.float32 is a memory-mapped array, float32 [E, N, D]; a row whose norm
     is not 1 (not yet written, or torn by a kill) has its batch computed again.  DIR/fingerprint.json says whose answers
-    to what they are.  What a fingerprint cannot know (pictures or code that have changed) shows in the first batch, for
-    which the teacher is asked all the same.
+    to what they are.  What a fingerprint cannot know (changed code, or pictures changed under their old names) shows in
+    the first batch that is kept as a whole, for which the teacher is asked all the same.
 
     Raises: InputError if DIR holds other answers, or if the disk has no room.
     """
@@ -368,10 +389,10 @@ class TeacherCache:
         self.path, self.teacher, self.trusted = Path(path), teacher, False
         names = ("dataset", "pictures", "seed", "subset", "image_size", "crop_scale", "blur")
         here = {name: value for name, value in identity(s, data).items() if name in names}
-        here |= dict(teacher=fingerprint(teacher), dim=teacher.dim, precision=str(dtype or torch.float32))
+        here |= dict(teacher=fingerprint(teacher), dim=teacher.dim, precision=str(dtype))
         self.shape = (min(s.view_epochs or s.epochs, s.epochs), len(data.train), teacher.dim)       # [E, N, D]
         note, self.file = self.path / "fingerprint.json", self.path / "z.float32"
-        with first_goes_first():
+        with rank_zero_first():
             self.path.mkdir(parents=True, exist_ok=True)
             if not note.exists() and not self.file.exists():
                 (self.path / "fingerprint.tmp").write_text(json.dumps(here, indent=1) + "\n")
@@ -397,7 +418,7 @@ class TeacherCache:
         kept = torch.from_numpy(self.rows[epoch, index])                        # [B, D], a copy
         whole = bool(((kept.norm(dim=1) - 1).abs() < 1e-4).all())
         if whole and self.trusted:
-            return put(kept, view.device)
+            return to_device(kept, view.device)
         z = self.teacher(view)                                                  # [B, D]
         if whole and not (kept * z.cpu()).sum(1).min() > 0.99:
             raise InputError(f"--teacher-cache {self.path}: the teacher answers differently now (other pictures or code?); "
@@ -408,12 +429,12 @@ class TeacherCache:
 
 
 class RunFolder:
-    """What a run leaves on disk: args.json, views.png, last.pt (to resume), encoder.pt (to take away)."""
+    """What training leaves on disk: args.json, views.png, last.pt (to resume), encoder.pt (to take away)."""
 
     def __init__(self, s, data, trainer):
         self.path, self.s, self.data = Path(s.out), s, data
         self.method, self.optimizer, self.scaler = trainer.method, trainer.optimizer, trainer.scaler
-        self.teacher = getattr(self.method, "teacher", None)
+        self.teacher = trainer.teacher
         self.identity = identity(s, data) | dict(teacher=self.teacher and fingerprint(self.teacher))
 
     def resume(self):
@@ -479,10 +500,9 @@ def fingerprint(module):
 class Progress:
     """What a run says: rows of log.csv (means over the steps since the last row) and a line on the screen."""
 
-    def __init__(self, s, folder, judge, start, total, per_epoch, seconds):
-        self.s, self.folder, self.judge = s, folder, judge
-        self.total, self.per_epoch, self.seconds = total, per_epoch, seconds
-        self.path, self.printed, self.log, self.kept = folder.path / "log.csv", 0.0, None, []
+    def __init__(self, s, path, start, total, per_epoch, seconds):
+        self.s, self.total, self.per_epoch, self.seconds = s, total, per_epoch, seconds
+        self.path, self.printed, self.log, self.kept = path / "log.csv", 0.0, None, []
         if start:                                                               # rows after the checkpoint come again
             say(f"resuming at step {start} of {total}")
             if self.path.exists():
@@ -501,49 +521,38 @@ class Progress:
         self.waited += time.perf_counter() - before
         return batch
 
-    def step_done(self, step, loss, stats, lr):
-        """Count one step in, which waits for nothing; now and then write a row, at an epoch's end look and save."""
+    def add(self, loss, stats):
+        """Count one step in; waits for nothing."""
         for name, value in (dict(loss=loss.detach()) | stats).items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.count += 1
-        epoch, rest = divmod(step, self.per_epoch)
-        if rest and step % LOG_EVERY and step < self.total:
-            return
-        means = self.means(step)
-        took = time.perf_counter() - self.clock
-        self.seconds += took
-        if is_first():
-            look = self.judge and self.s.eval_every and not rest and epoch % self.s.eval_every == 0
-            row = dict(step=step, epoch=step / self.per_epoch, **means, lr=lr, waiting=self.waited / took,
-                       images_per_s=self.count * self.s.batch_size / took, knn=self.judge() if look else None)
-            self.write(row)
-            self.line(**row)
-            if not rest or step == self.total:
-                self.folder.save(step, self.seconds)
-        self.start_clock()
 
-    def means(self, step):
-        """Means over the steps and the ranks; waits for the device."""
+    def stop_clock(self, step, lr):
+        """A row of the log: means over the steps since the last one and over the ranks; waits for the device."""
         sums = torch.stack(list(self.sums.values())).float() / self.count
         if dist.is_initialized():
             dist.all_reduce(sums)
             sums /= dist.get_world_size()
         means = dict(zip(self.sums, sums.tolist()))
         if not math.isfinite(means["loss"]):
-            raise InputError(f"the loss of {self.s.arch} is not finite at step {step}; lower --lr, raise --warmup-epochs, or take "
-                             "--precision fp32")
-        return means
+            raise InputError(f"the loss of {self.s.arch} is not finite at step {step}; lower --lr, raise --warmup-epochs, "
+                             "or take --precision fp32")
+        took = time.perf_counter() - self.clock
+        self.seconds += took
+        return dict(step=step, epoch=step / self.per_epoch, **means, lr=lr, waiting=self.waited / took,
+                    images_per_s=self.count * self.s.batch_size / took)
 
-    def write(self, row):
-        """Append to log.csv."""
+    def report(self, **row):
+        """Append a row to log.csv, and show it."""
         if self.log is None:
             file = open(self.path, "w", newline="", buffering=1)                # a line at a time: nothing is lost
             self.log = csv.DictWriter(file, row)
             self.log.writeheader()
             self.log.writerows(self.kept)
         self.log.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+        self.show(**row)
 
-    def line(self, step, epoch, loss, lr, images_per_s, waiting, knn, kl=None, **others):
+    def show(self, step, epoch, loss, lr, images_per_s, waiting, knn, kl=None, **others):
         """One line: rewritten in place on a terminal; in a pipe a new one every ten seconds and at each look at kNN."""
         left = (self.total - step) * self.s.batch_size / images_per_s
         kl = "" if kl is None else f"  KL {kl:.3f}"
@@ -551,7 +560,8 @@ class Progress:
         text = (f"{step / self.total:4.0%}  epoch {epoch:.1f}/{self.s.epochs}  loss {loss:.3f}{kl}  lr {lr:.3g}  "
                 f"{images_per_s:.0f} images/s  waiting {waiting:.0%}  ETA {int(left) // 60}:{int(left) % 60:02d}{knn}")
         keep = knn or step == self.total
-        if sys.stdout.isatty():
+        if sys.stdout.isatty():                                                 # where a wrapped line cannot be rewritten
+            text = text if keep else text[:shutil.get_terminal_size().columns - 1]
             print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
         elif keep or time.perf_counter() - self.printed > 10:
             print(text, flush=True)
@@ -583,15 +593,15 @@ def parts_of_a_step(trainer, data):
     s, team, method = trainer.s, trainer.team, trainer.method
     epoch, index, sources = next(read(data.train, s, team, method.views_needed, [0]))
     views = make_views(data.train, s, epoch, index, sources)
-    with torch.no_grad(), trainer.autocast():
+    with torch.no_grad(), trainer.autocast(trainer.dtype):
         key = method.encoder(views[0])                                          # [B, D], any unit rows
 
-    def frozen(network):
-        with torch.no_grad(), trainer.autocast():
+    def forward_alone(network, dtype):
+        with torch.no_grad(), trainer.autocast(dtype):
             network(views[-1])
 
     def student():
-        with trainer.autocast():
+        with trainer.autocast(trainer.dtype):
             loss = (method.encoder(views[0]) * key).sum()                       # any gradient
         trainer.update(loss)
 
@@ -605,9 +615,9 @@ def parts_of_a_step(trainer, data):
 
     parts = {"augmentation": lambda: make_views(data.train, s, epoch, index, sources)}
     if s.method == "seed":
-        parts |= {"teacher": lambda: frozen(method.teacher)}
+        parts |= {"teacher": lambda: forward_alone(method.teacher, trainer.teacher_dtype)}
     if s.method == "moco":
-        parts |= {"key encoder": lambda: frozen(method.key_encoder)}
+        parts |= {"key encoder": lambda: forward_alone(method.key_encoder, trainer.dtype)}
     parts |= {"student: forward, backward, update": student}
     return parts | ({} if s.method == "supervised" else {"loss and queue": loss_and_queue})
 
@@ -617,36 +627,35 @@ def benchmark(s, data, team, teacher=None, repeats=7):
     s = SimpleNamespace(**vars(s) | dict(view_epochs=1))
     trainer, device = Trainer(s, data, team, teacher), team.device
     trainer.start()
-    stop = s.epochs * trainer.per_epoch                                         # where the schedule ends: rate 0
+    end, views_needed = s.epochs * trainer.per_epoch, trainer.method.views_needed
     for group in trainer.optimizer.param_groups:
-        group["lr"] = 0.0                                                       # nothing moves
+        group["lr"] = 0.0                                                       # nothing moves; nor at the schedule's end
     from_disk, calls = data.train.pixels is None, 10 if device.type == "cuda" else 1
     ahead = max(calls, 2 * s.workers) if from_disk else calls                   # batches that may be ready beforehand
     steps = [step % trainer.per_epoch for step in range((repeats + 1) * ahead)]
 
-    def step(batch, cache=None):
-        trainer.cache = cache
-        trainer.step(stop, *batch)
+    def whole_steps(cache):
+        for batch in batches(data.train, s, team, views_needed, steps):
+            trainer.cache = cache
+            yield trainer.step(end, *batch)
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        uses = {"reading": (read, lambda batch: None), "whole step": (batches, step)}
+        reading = {"reading": read(data.train, s, team, views_needed, steps)}
+        whole = {"whole step": whole_steps(None)}
         if teacher:
-            cache = TeacherCache(folder, s, data, teacher, trainer.dtype)
+            cache = TeacherCache(folder, s, data, teacher, trainer.teacher_dtype)
             for epoch, index in plan(len(data.train), s, team, steps):
                 cache.rows[epoch, index] = teacher.dim**-0.5                    # answers as good as any, for the clock
             cache.trusted = True
-            uses |= {"whole step, teacher cached": (batches, lambda batch: step(batch, cache))}
-        streams = {name: make(data.train, s, team, trainer.method.views_needed, steps) for name, (make, _) in uses.items()}
-        works = {name: lambda name=name: uses[name][1](next(streams[name])) for name in streams}
-        works = dict(reading=works.pop("reading")) | parts_of_a_step(trainer, data) | works
+            whole["whole step, teacher cached"] = whole_steps(cache)
+        streams, parts = reading | whole, parts_of_a_step(trainer, data)
+        times = {name: [] for name in [*reading, *parts, *whole]}
         # In turns, so that all see the same weather; but workers would read on while others are timed, so they go alone.
-        alone = [[name for name in works if name not in streams], *([name] for name in streams)]
-        groups = alone if from_disk else [works]
-        times = {name: [] for name in works}
-        for group in groups:
-            for name in [*group] * (repeats + 1):
-                times[name].append(timed(works[name], device, ahead if name in streams else calls))
-            for name in streams.keys() & group:
+        for names in [[*parts], *([name] for name in streams)] if from_disk else [[*times]]:
+            for name in names * (repeats + 1):
+                work, n = (partial(next, streams[name]), ahead) if name in streams else (parts[name], calls)
+                times[name].append(timed(work, device, n))
+            for name in streams.keys() & names:
                 streams[name].close()
     show({name: statistics.median(values[1:]) for name, values in times.items()}, s.batch_size)
     if device.type == "cuda":
@@ -712,7 +721,7 @@ def get_teacher(args, s, data, team):
             f"{with_labels(t.method == 'supervised')}; kept in {t.out}")
         announce(t, data)
         seconds, path = train(t, data, team), f"{t.out}/encoder.pt"
-    with first_goes_first():
+    with rank_zero_first():
         teacher = load_teacher(path, args.teacher_arch)
     teacher.try_size(s.image_size)
     return teacher.to(team.device, memory_format=torch.channels_last), seconds
@@ -726,14 +735,14 @@ def announce(s, data):
              if value is not None and key not in hidden and not key.startswith("teacher")]
     say(textwrap.fill(" ".join(words), 116, initial_indent="  ", subsequent_indent="  "))
     choices = len(data.classes) if s.method == "supervised" else s.queue_size + 1
-    part = f"; kNN on the way looks at {LOOK_AT:,} pictures" if len(data.train) > LOOK_AT else ""
+    part = f"; kNN on the way looks at {KNN_SUBSET:,} pictures" if len(data.train) > KNN_SUBSET else ""
     say(f"  a guess among {choices:,} costs a loss of {math.log(choices):.2f}{part}")
 
 
 def table(rows, data, s, team):
     """Judge every row's encoder, print the table and keep it as results.json."""
-    part = [f"{min(len(split), JUDGE_BY):,}" for split in (data.train, data.test)]
-    rest = f" of {len(data.train):,}; probe.py takes all" if len(data.train) > JUDGE_BY else ""
+    part = [f"{min(len(split), EVAL_SUBSET):,}" for split in (data.train, data.test)]
+    rest = f" of {len(data.train):,}; probe.py takes all" if len(data.train) > EVAL_SUBSET else ""
     say(f"\njudging by {part[0]} training and {part[1]} test pictures{rest}")
     width, out, results = max(len(row["name"]) for row in rows), Path(s.out), []
     say(f"{'':{width}s}     kNN  linear  seconds  labels seen")
@@ -741,7 +750,7 @@ def table(rows, data, s, team):
         encoder = row.pop("encoder")
         encoder = load_teacher(encoder) if isinstance(encoder, Path) else encoder
         encoder = encoder.to(team.device, memory_format=torch.channels_last)
-        scores, material = evaluate(encoder, data, team.device, s.workers, JUDGE_BY)
+        scores, material = evaluate(encoder, data, team.device, s.workers, EVAL_SUBSET)
         knn, linear = ("-" if value is None else f"{value:.1f}%" for value in (scores["knn"], scores["linear"]))
         seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
         say(f"{row['name']:{width}s}  {knn:>6s}  {linear:>6s}  {seconds:>7s}  {row['labels']}")
@@ -760,10 +769,12 @@ def main(argv=None):
     pictures = Path(s.data).resolve()
     if s.dataset == "folder" and not (pictures / "train").is_dir() and pictures in Path(s.out).resolve().parents:
         raise InputError(f"the run's folder {s.out} would lie among the pictures of {s.data}; name another --out")
-    with first_goes_first():
+    with rank_zero_first():
         data = load_data(s.dataset, s.data, s.image_size, s.subset, s.seed)
-    say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}, "
-        f"computing in {autocast_dtype(s.precision, team.device) or torch.float32}".replace("torch.", ""))
+    training, frozen = (autocast_dtype(s.precision, team.device, frozen) for frozen in (False, True))
+    also = f", its frozen teacher in {frozen}" if s.method == "seed" and frozen != training else ""
+    say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}, the network in {training}{also}"
+        .replace("torch.", ""))
     torch.manual_seed(s.seed)
     untrained = Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size)     # also refuses a bad name early
     rows = [dict(name=f"{s.arch}, untrained", encoder=untrained, seconds=None, labels="no")]
