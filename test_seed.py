@@ -1215,10 +1215,11 @@ def test_the_log_tells_means_and_stops_at_nan():
 def test_a_frozen_teacher_uses_the_bf16_units_of_a_cpu(monkeypatch, precision, units, teachers, students):
     """Up to four times as fast for the teacher, which only goes forward; the student would train more slowly."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(amx_bf16=units))
-    s, data, teacher = settings("--arch", "resnet18", "--dim", "8", "--batch-size", "4", "--precision", precision), load_data("shapes", subset=8), Toy()
-    trainer, found = train.Trainer(s, data, team(), teacher), {}
-    for name, net in (("teacher", teacher.backbone[0]), ("student", trainer.method.encoder.backbone.conv1)):
-        net.register_forward_hook(lambda module, x, out, name=name: found.__setitem__(name, out.dtype))
+    s = settings("--arch", "resnet18", "--dim", "8", "--batch-size", "4", "--precision", precision)
+    data, teacher, found = load_data("shapes", subset=8), Encoder("resnet18", 8, image_size=32).eval(), {}
+    trainer = train.Trainer(s, data, team(), teacher)
+    for name, net in (("teacher", teacher), ("student", trainer.method.encoder)):
+        net.backbone.conv1.register_forward_hook(lambda module, x, out, name=name: found.__setitem__(name, out.dtype))
     loss, _, _ = trainer.step(0, *next(train.batches(data.train, s, team(), 1, [0])))
     assert found == dict(teacher=teachers, student=students) and trainer.method.latest.dtype == loss.dtype == torch.float32
     assert not trainer.scaler.is_enabled()
