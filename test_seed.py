@@ -189,6 +189,14 @@ def test_the_loss_is_float32_whatever_the_surroundings_do(loss):
             assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    try:
+        for everywhere in ("tf32", "ieee"):
+            torch.backends.fp32_precision = everywhere
+            assert torch.equal(loss(*z), exact)
+            assert torch.backends.cuda.matmul.fp32_precision == everywhere, "and still follows the setting for all of torch"
+    finally:
+        torch.backends.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("loss", [seed_loss, info_nce])
@@ -837,7 +845,7 @@ def write_pictures(root, names, size=(40, 30)):
         Image.new("RGB", size, (i * 29 % 256, i * 71 % 256, 90)).convert(mode).save(path)
 
 
-def test_a_folder_may_have_any_layout(tmp_path):
+def test_a_folder_may_have_any_layout(tmp_path, monkeypatch):
     """Users have directories, not data sets."""
     write_pictures(tmp_path / "a", [f"train/{c}/{i}.png" for c in "xy" for i in range(4)] + [f"val/{c}/0.JPG" for c in "xy"])
     data = load_data("folder", tmp_path / "a", 16)
@@ -857,6 +865,10 @@ def test_a_folder_may_have_any_layout(tmp_path):
     assert not data.judged and data.classes == [] and (len(data.train), len(data.test)) == (19, 2)
     write_pictures(tmp_path / "d", [f"only/{i}.png" for i in range(4)])
     assert not load_data("folder", tmp_path / "d", 16).judged, "one class is no label"
+
+    for name in "ab":
+        monkeypatch.chdir(tmp_path / name)
+        assert load_data("folder", ".", 80).key == load_data("folder", tmp_path / name, 80).key, "wherever it is called from"
 
 
 def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(tmp_path):
@@ -996,6 +1008,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert all(a <= b for a, b in zip(rates[:99], rates[1:100])) and all(a >= b for a, b in zip(rates[100:], rates[101:]))
     s = settings("--epochs", "1", "--warmup-epochs", "5")
     assert s.warmup_epochs == 0.5 and train.lr_at(99, s, 100) < 0.01 * s.lr, "a short run comes to its end too"
+    assert max(train.lr_at(step, s, 39) for step in range(39)) <= s.lr * s.batch_size / 256, "half a step of warm-up is no excuse"
 
 
 def test_any_number_of_ranks_sees_the_same_batches():
