@@ -191,10 +191,10 @@ def read_crops(path, size, choose_boxes):
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
             image = image if image.mode == "RGB" else image.convert("RGB")       # which would copy it all the same
             corners = [(left * sx, top * sy, (left + w) * sx, (top + h) * sy) for top, left, h, w in boxes]
-            crops = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)) for box in corners]
+            crops = [image.resize((size, size), Image.Resampling.BILINEAR, box=box) for box in corners]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"cannot read the picture {path} ({e}); put a readable one in its place") from None
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.array([[np.asarray(channel) for channel in crop.split()] for crop in crops]))
 
 
 def centre_box(size):

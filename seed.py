@@ -425,37 +425,38 @@ def uniforms(seed, epoch, index, view=0):
     Args: seed, epoch, view: ints; index: B sample numbers (list, array or tensor of ints).
     SplitMix64 (Steele et al., 2014): a counter, stepped by the golden ratio and stirred until each bit looks random.
     """
-    def stir(x):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    full, golden = 2**64 - 1, 0x9E3779B97F4A7C15
 
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    words = [np.array([word % 2**64], np.uint64) for word in (int(seed), int(epoch), int(view))]
-    words += [np.asarray(index, np.int64).reshape(-1).astype(np.uint64)]
-    x = np.zeros(1, np.uint64)                                          # arrays, since they wrap without a warning
-    for word in words:
-        x = stir((x ^ word) + golden)                                   # [1], with the last word [B]
-    x = stir(x[:, None] + golden * np.arange(1, UNIFORMS + 1, dtype=np.uint64))    # [B, U]
-    return torch.from_numpy((x >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
+    def stir(x):                                                        # an int, or an array of uint64, which wraps by itself
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & full
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & full
+        return x ^ (x >> 31)
+
+    x = 0
+    for word in (seed, epoch, view):
+        x = stir((x ^ int(word) & full) + golden & full)
+    x = stir((np.asarray(index, np.int64).reshape(-1).astype(np.uint64) ^ x) + golden)         # [B]
+    x = stir(x[:, None] + np.arange(1, UNIFORMS + 1, dtype=np.uint64) * golden)    # [B, U]
+    return torch.from_numpy((x >> 40).astype(np.float32) * np.float32(2**-24))
 
 
 def crop_box(u, height, width, scale=(0.2, 1.0)):
-    """The random resized crop's box, float [B, 4] = top, left, height, width in pixels of an H x W picture.
+    """The random resized crop's box, float32 [B, 4] = top, left, height, width in pixels of an H x W picture.  A handful of
+    numbers: on the CPU, where NumPy is quickest.
 
     Area uniform in `scale` (share of the picture), log aspect ratio uniform in 3/4 .. 4/3, place uniform.  As in
     torchvision there are ten tries, of which the first that does not stick out counts; if none
     does, the largest box of such a shape (there torchvision takes the central one: a departure).
     """
-    area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * height * width        # [B, 10]
-    ratio = torch.exp((2 * u[:, RATIO] - 1) * LOG_RATIO)                # [B, 10], width over height
-    h, w = (area / ratio).sqrt(), (area * ratio).sqrt()                 # [B, 10]
+    u = u.cpu().numpy()
+    area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * (height * width)      # [B, 10]
+    ratio = np.exp((2 * u[:, RATIO] - 1) * LOG_RATIO)                   # [B, 10], width over height
+    h, w = np.sqrt(area / ratio), np.sqrt(area * ratio)                 # [B, 10]
     fits = (h <= height) & (w <= width)
-    h = torch.where(fits, h, min(height, width * 4 / 3))
-    w = torch.where(fits, w, min(width, height * 4 / 3))
-    first = fits.int().argmax(1, keepdim=True)                          # [B, 1]; 0 if none fits
-    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]           # [B]
-    return torch.stack([u[:, TOP] * (height - h), u[:, LEFT] * (width - w), h, w], dim=1)  # [B, 4]
+    each, first = np.arange(len(u)), fits.argmax(1)                     # [B]; the first is 0 if none fits
+    h = np.where(fits, h, min(height, width * 4 / 3))[each, first]      # [B]
+    w = np.where(fits, w, min(width, height * 4 / 3))[each, first]      # [B]
+    return torch.from_numpy(np.stack([u[:, TOP] * (height - h), u[:, LEFT] * (width - w), h, w], axis=1))  # [B, 4]
 
 
 def separable(images, rows, columns):
@@ -573,12 +574,13 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
         raise ValueError(f"expected images [B, 3, H, W] and u [B, {UNIFORMS}], got {[list(x.shape) for x in (images, u)]}")
     if scale is None and size not in (None, images.shape[2]):
         raise ValueError(f"without a crop (scale=None) pictures of {images.shape[2]} px cannot become {size} px")
-    blurred = to_device((u[:, BLUR] < BLUR_P).nonzero()[:, 0], images.device)      # counted on the CPU: no waiting
-    u, x = to_device(u, images.device), as_float(images)
-    column = lambda i: u[:, i, None, None, None]                        # [B, 1, 1, 1]
-
+    x = as_float(images)
     if scale is not None:
-        x = crop_and_resize(x, crop_box(u, x.shape[2], x.shape[3], scale), size or x.shape[2])
+        box = to_device(crop_box(u, x.shape[2], x.shape[3], scale), x.device)
+        x = crop_and_resize(x, box, size or x.shape[2])
+    blurred = to_device((u[:, BLUR] < BLUR_P).nonzero()[:, 0], x.device)           # counted on the CPU: no waiting
+    u = to_device(u, x.device)
+    column = lambda i: u[:, i, None, None, None]                        # [B, 1, 1, 1]
     x = torch.where(column(FLIP) < FLIP_P, x.flip(3), x)
 
     jitter = (column(JITTER) < JITTER_P).float()                        # off: factor 1 and turn 0, which change nothing
