@@ -61,8 +61,10 @@ def exact_float32(device):
         with torch.autocast(torch.device(device).type, enabled=False):
             yield
     finally:
-        for m, precision in zip(matmuls, before):                       # "none": as the setting for all of torch says
-            m.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
+        for m, precision in zip(matmuls, before):
+            m.fp32_precision = "none"                                   # follow the settings above it, if that will do
+            if m.fp32_precision != precision:
+                m.fp32_precision = precision
 
 
 def ranking_logits(z, key, queue, tau):
@@ -449,7 +451,7 @@ def crop_box(u, height, width, scale=(0.2, 1.0)):
     does, the largest box of such a shape (there torchvision takes the central one: a departure).
     """
     u = u.cpu().numpy()
-    area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * (height * width)      # [B, 10]
+    area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * float(height * width)  # [B, 10]
     ratio = np.exp((2 * u[:, RATIO] - 1) * LOG_RATIO)                   # [B, 10], width over height
     h, w = np.sqrt(area / ratio), np.sqrt(area * ratio)                 # [B, 10]
     fits = (h <= height) & (w <= width)
@@ -549,7 +551,7 @@ def as_float(images):
 def to_device(x, device):
     """The tensor on that device.  On its way to a GPU it passes pinned memory, so that the CPU need not wait."""
     if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
+        return x.contiguous().pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 

@@ -194,7 +194,8 @@ def test_the_loss_is_float32_whatever_the_surroundings_do(loss):
         for everywhere in ("tf32", "ieee"):
             torch.backends.fp32_precision = everywhere
             assert torch.equal(loss(*z), exact)
-            assert torch.backends.cuda.matmul.fp32_precision == everywhere, "and still follows the setting for all of torch"
+            for matmul in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                assert matmul.fp32_precision == everywhere, "and still follows the setting for all of torch"
     finally:
         torch.backends.fp32_precision = "none"
 
@@ -622,6 +623,7 @@ def test_crop_boxes_have_torchvisions_distribution(height, width):
     """Area 0.2-1 of the picture, aspect ratio 3/4-4/3, anywhere inside it: larger crops make an easier, worse task."""
     u = torch.cat([uniforms(0, epoch, range(5000)) for epoch in range(2)])
     top, left, h, w = crop_box(u, height, width).unbind(1)
+    assert h.dtype == torch.float32
     assert top.min() >= 0 and left.min() >= 0 and (top + h).max() <= height * 1.0001 and (left + w).max() <= width * 1.0001
     theirs = torch.tensor([torchvision.transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), (0.2, 1.0), (3 / 4, 4 / 3))
                            for _ in range(10000)]).double()
@@ -997,6 +999,9 @@ def test_the_recipes_are_those_of_the_tables():
     assert said("shapes", "moco") == [0.06, 1e-4, 256, 0.2, 0.01, 0.99, 14, 128]
     assert said("cifar10", "seed") == [0.2, 1e-4, 4096, 0.2, 0.01, 0.999, 200, 256]
     assert said("cifar10", "moco") == [0.03, 5e-4, 4096, 0.1, 0.01, 0.99, 200, 256]
+    assert [said(name, "supervised")[:2] for name in ("shapes", "cifar10")] == [[0.1, 1e-4], [0.1, 5e-4]]
+    small = [settings("--dataset", "folder", "--image-size", "32", method=method) for method in ("seed", "moco", "supervised")]
+    assert [(s.lr, s.tau_t, s.key_momentum, s.queue_size) for s in small] == [(0.1, 0.05, 0.999, 2048), (0.06, 0.01, 0.99, 2048), (0.1, 0.01, 0.999, 2048)]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -1199,6 +1204,16 @@ def test_another_setting_is_another_run():
         assert train.identity(settings(*change.split()), data) != train.identity(settings(), data), change
 
 
+@pytest.mark.parametrize("method, networks", [("seed", ["encoder", "teacher"]), ("moco", ["encoder", "key_encoder"]), ("supervised", ["encoder"])])
+def test_compile_compiles_each_network(monkeypatch, method, networks):
+    """One that is left out sets the pace."""
+    compiled, s = [], settings("--arch", "resnet18", "--dim", "8", "--batch-size", "8", "--compile", method=method)
+    monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))
+    trainer = train.Trainer(s, load_data("shapes", subset=8), team(), Toy() if method == "seed" else None)
+    trainer.start()
+    assert compiled == [getattr(trainer.method, name) for name in networks]
+
+
 def test_chance_is_another_in_each_step_on_each_rank_and_by_each_seed():
     """Dropout, and MoCo's shuffle: the same mask all along would switch the same features off for good."""
     data, seen = load_data("shapes", subset=8), []
@@ -1364,13 +1379,15 @@ def test_a_cache_of_other_answers_is_refused(tmp_path, monkeypatch, teacher_file
         train.main([*CACHED[:-len(TINY)], *TINY, "--teacher-cache", "new", "--out", "other"])
 
 
-@pytest.mark.parametrize("method", ["seed", "moco", "supervised"])
-def test_the_benchmark_measures_and_trains_nothing(tmp_path, monkeypatch, capsys, method):
+@pytest.mark.parametrize("method, place", [("seed", "memory"), ("moco", "memory"), ("supervised", "memory"), ("seed", "disk")])
+def test_the_benchmark_measures_and_trains_nothing(tmp_path, monkeypatch, capsys, folder_of_pictures, method, place):
     """Its table must add up, name each part, and leave no run behind."""
     monkeypatch.chdir(tmp_path)
-    train.main(["--benchmark", "--method", method, "--arch", "mobilenet_v3_small", "--teacher-arch", "resnet18", *TINY])
+    disk = f"--dataset folder --data {folder_of_pictures} --image-size 72 --subset 20 --workers 1".split() if place == "disk" else []
+    train.main(["--benchmark", "--method", method, "--arch", "mobilenet_v3_small", "--teacher-arch", "resnet18", *TINY, *disk])
     out = capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+    assert f"on {place}" in out or f"in {place}" in out
+    assert list(tmp_path.iterdir()) == [folder_of_pictures]
     row = lambda name: [float(word) for word in re.search(rf"^{name} +([\d.]+) +([\d.]+)$", out, re.M).groups()]
     network = dict(seed=["teacher"], moco=["key encoder"], supervised=[])[method]
     for name in ["reading", "augmentation", *network, "student: forward, backward, update", "whole step"]:
