@@ -429,7 +429,7 @@ def uniforms(seed, epoch, index, view=0):
     """
     full, golden = 2**64 - 1, 0x9E3779B97F4A7C15
 
-    def stir(x):                                                        # an int, or an array of uint64, which wraps by itself
+    def stir(x):                                                        # an int, or uint64 [...], which wraps by itself
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & full
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB & full
         return x ^ (x >> 31)
@@ -443,12 +443,11 @@ def uniforms(seed, epoch, index, view=0):
 
 
 def crop_box(u, height, width, scale=(0.2, 1.0)):
-    """The random resized crop's box, float32 [B, 4] = top, left, height, width in pixels of an H x W picture.  A handful of
-    numbers: on the CPU, where NumPy is quickest.
+    """The random resized crop's box, float32 [B, 4] = top, left, height, width in pixels of an H x W picture.
 
     Area uniform in `scale` (share of the picture), log aspect ratio uniform in 3/4 .. 4/3, place uniform.  As in
-    torchvision there are ten tries, of which the first that does not stick out counts; if none
-    does, the largest box of such a shape (there torchvision takes the central one: a departure).
+    torchvision there are ten tries, of which the first that does not stick out counts; if none does, the largest box of
+    such a shape (there torchvision takes the central one: a departure).  In NumPy, which is quickest for so few numbers.
     """
     u = u.cpu().numpy()
     area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * float(height * width)  # [B, 10]

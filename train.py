@@ -120,8 +120,8 @@ def parse_flags(argv=None):
     flag = parser.add_argument_group("the run").add_argument
     flag("--out", metavar="DIR", help="the run's folder; runs/DATASET-METHOD-ARCH if not given")
     flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-         help="of the networks; auto: bf16 on a GPU that has it, else fp16; on a CPU fp32, but for a frozen teacher where "
-         "the CPU has matrix units for bf16; the loss is float32 always")
+         help="of the networks; auto: bf16 on a GPU that has it, else fp16; on a CPU fp32, but bf16 for the teacher of "
+         "pictures above 32 px where there are matrix units for it; the loss is float32 always")
     flag("--compile", action="store_true", help="torch.compile the networks; pays off in long runs")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--eval-every", type=int, help="epochs between two looks at kNN; 0: none")
@@ -208,15 +208,15 @@ def rank_zero_first():
             dist.barrier()
 
 
-def autocast_dtype(precision, device, frozen=False):
-    """The dtype networks compute in.  On a CPU with matrix units for bf16 a frozen ResNet, which only goes forward, is
-    two to four times as fast in it from 64 px on, and no slower at 32; small networks in training are slower."""
-    if precision != "auto":
-        return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+def autocast_dtype(s, device, frozen=False):
+    """The dtype networks compute in.  On a CPU with matrix units for bf16 a frozen network, which only goes forward, is
+    about twice as fast in it, unless its layers are as small as 32 px make them; small networks in training are slower."""
+    if s.precision != "auto":
+        return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[s.precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     units = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
-    return torch.bfloat16 if frozen and units else torch.float32
+    return torch.bfloat16 if frozen and units and (s.image_size > 32 or s.small_images) else torch.float32
 
 
 # --------------------------------------------------------------------------------------------- the batches
@@ -296,7 +296,7 @@ class Trainer:
         self.s, self.team, self.per_epoch = s, team, len(data.train) // s.batch_size
         self.teacher, self.cache = teacher, None
         self.method = self.model = build(s, data, teacher, team)
-        self.dtype, self.teacher_dtype = (autocast_dtype(s.precision, team.device, frozen) for frozen in (False, True))
+        self.dtype, self.teacher_dtype = (autocast_dtype(s, team.device, frozen) for frozen in (False, True))
         learning = [p for p in self.method.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(learning, s.lr, momentum=0.9, weight_decay=s.weight_decay)
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=self.dtype == torch.float16)
@@ -773,7 +773,7 @@ def main(argv=None):
         raise InputError(f"the run's folder {s.out} would lie among the pictures of {s.data}; name another --out")
     with rank_zero_first():
         data = load_data(s.dataset, s.data, s.image_size, s.subset, s.seed)
-    training, frozen = (autocast_dtype(s.precision, team.device, frozen) for frozen in (False, True))
+    training, frozen = (autocast_dtype(s, team.device, frozen) for frozen in (False, True))
     also = f", its frozen teacher in {frozen}" if s.method == "seed" and frozen != training else ""
     say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}, the network in {training}{also}"
         .replace("torch.", ""))
