@@ -183,8 +183,11 @@ def test_the_loss_is_float32_whatever_the_surroundings_do(loss):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")                # may round to bf16 inside a float32 product
+        matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        chosen = [matmul.fp32_precision for matmul in matmuls]
         assert torch.equal(loss(*z), exact)
-        assert torch.get_float32_matmul_precision() == "medium", "the user's setting is put back"
+        assert [matmul.fp32_precision for matmul in matmuls] == chosen != ["none", "none"], "the user's setting is put back"
+        assert torch.get_float32_matmul_precision() == "medium"
         with seed.exact_float32("cpu"):
             assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
     finally:
