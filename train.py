@@ -49,9 +49,8 @@ LOG_EVERY = 10                                  # steps between two rows of log.
 KNN_SUBSET, EVAL_SUBSET = 10_000, 50_000        # pictures of a split used for kNN on the way, and for the table
 
 # ---------------------------------------------------------------------------------------- recipes and flags
-# What suits a data set, then what a method changes in it.  Most entries have a flag, which overrides them.  ImageNet's
-# are the paper's.
-# `lr` is the rate at batch 256 and grows with the batch.  tau_s is MoCo's temperature too.
+# What suits a data set, then what a method changes in it; most entries have a flag, which overrides them.  ImageNet's are
+# the paper's.  `lr` is the rate at batch 256 and grows with the batch.  tau_s is MoCo's temperature too.
 PAPER = dict(image_size=224, small_images=False, crop_scale=(0.2, 1.0), blur=True, dim=128, hidden_dim=None,
              epochs=200, warmup_epochs=5, batch_size=256, lr=0.03, weight_decay=1e-4,
              queue_size=65536, tau_s=0.2, tau_t=0.01, key_momentum=0.999, eval_every=10,
@@ -164,10 +163,10 @@ def identity(s, data):
 # ---------------------------------------------------------------------------------------- the process group
 def join_team(device):
     """This process's rank, the number of ranks, and its device; torchrun says so in the environment."""
-    told = lambda name, alone: int(os.environ.get(name, alone))
-    rank, ranks, local = told("RANK", 0), told("WORLD_SIZE", 1), told("LOCAL_RANK", 0)
+    env = lambda name, default: int(os.environ.get(name, default))
+    rank, ranks, local = env("RANK", 0), env("WORLD_SIZE", 1), env("LOCAL_RANK", 0)
     device, gpus = pick_device(device), torch.cuda.device_count()
-    if ranks != told("LOCAL_WORLD_SIZE", 1):
+    if ranks != env("LOCAL_WORLD_SIZE", 1):
         raise InputError("several machines are not supported; start torchrun on one, with --nproc_per_node")
     if ranks > 1 and device.type == "mps":
         raise InputError("several processes need GPUs of NVIDIA's or --device cpu")
@@ -627,9 +626,9 @@ def benchmark(s, data, team, teacher=None, repeats=7):
     s = SimpleNamespace(**vars(s) | dict(view_epochs=1))
     trainer, device = Trainer(s, data, team, teacher), team.device
     trainer.start()
-    end, views_needed = s.epochs * trainer.per_epoch, trainer.method.views_needed
+    end, views_needed = s.epochs * trainer.per_epoch, trainer.method.views_needed       # where the schedule's rate is 0
     for group in trainer.optimizer.param_groups:
-        group["lr"] = 0.0                                                       # nothing moves; nor at the schedule's end
+        group["lr"] = 0.0                                                       # so nothing moves
     from_disk, calls = data.train.pixels is None, 10 if device.type == "cuda" else 1
     if not from_disk:
         data.train.pixels = data.train.pixels.to(device)                        # once, and not once a stream
