@@ -1,44 +1,54 @@
-"""Everything that looks: reading pictures, features, nearest neighbours, linear probe.
+"""Data sets, and everything that evaluates: features, nearest neighbors, linear probe, image grids.
 
     python probe.py runs/shapes-seed-mobilenet_v3_large/encoder.pt
     python probe.py random:mobilenet_v3_large
-    python probe.py encoder.pt --dataset folder --data ~/pictures
+    python probe.py encoder.pt --dataset folder --data ~/images
 
-An encoder without labels is judged by how well its frozen features serve a question it was never asked.  Two
-judges: kNN (do the ten nearest training pictures have the right label?) has nothing to tune, and a linear probe
-(can one matrix read the label off the features?) chooses its learning rate on a part of the *training* pictures
-that it holds out.  The test pictures choose nothing.
+An encoder trained without labels is evaluated by how well its frozen features serve a question that
+it was never asked. kNN (do the ten nearest training images have the right label?) has nothing to
+tune. A linear probe (can one linear layer read the label off the features?) chooses its learning
+rate on a part of the *training* images that it holds out. The test images choose nothing.
 
-Letters as in seed.py; N pictures, C classes.
+Letters in shapes as in seed.py; and N, M images of a split, V views of an image.
 """
 import argparse
 import hashlib
+import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from seed import Encoder, InputError, as_float, augment, crop_and_resize, crop_box, load_teacher, normalise, uniforms
+from seed import (IMAGENET_MEAN, IMAGENET_STD, Encoder, InputError, augment, crop_box, load_teacher,
+                  normalize, to_float, uniforms)
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
-SMALL, MEMORY = 64, 2 * 2**30          # pictures up to 64 px are kept decoded, as long as they fit in 2 GiB
+SMALL = 64                      # images up to so many pixels a side are decoded once and kept,
+MEMORY = 2 * 2**30              # if all of them take no more bytes than this
+TABLE_LIMIT = 50_000            # images of a split that the table looks at
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
-# ------------------------------------------------------------------------------------------ the pictures
+# ------------------------------------------------------------------------------------ the data sets
 @dataclass
-class Pictures:
-    """One split.  pixels: uint8 [N, 3, S, S], decoded, or files: N paths; labels: int64 [N] or None."""
+class Split:
+    """The training or the test images. pixels: uint8 [N, 3, S, S], decoded; or files: N paths.
+    labels: int64 [N], or None."""
     pixels: torch.Tensor = None
     files: list = None
     labels: torch.Tensor = None
@@ -46,405 +56,573 @@ class Pictures:
     def __len__(self):
         return len(self.files if self.pixels is None else self.pixels)
 
-    def part(self, index):
-        """The pictures at `index` (int64 array), in that order."""
+    def subset(self, index):
+        """The images at `index` (int64 array), in that order."""
         index = np.asarray(index)
-        return Pictures(None if self.pixels is None else self.pixels[index],
-                        None if self.files is None else [self.files[i] for i in index],
-                        None if self.labels is None else self.labels[index])
+        chosen = Split()
+        if self.pixels is not None:
+            chosen.pixels = self.pixels[index]
+        if self.files is not None:
+            chosen.files = [self.files[i] for i in index]
+        if self.labels is not None:
+            chosen.labels = self.labels[index]
+        return chosen
 
 
 @dataclass
 class Data:
-    """A data set, ready for use.  classes: C names, empty without labels; key: a hash of the pixels (of files
-    on disk: their names) and labels."""
+    """A data set, ready for use. classes: C names, empty without labels; fingerprint: a hash of the
+    labels and the pixels (of images on disk: of their names)."""
     name: str
     image_size: int
-    train: Pictures
-    test: Pictures
+    train: Split
+    test: Split
     classes: list
-    key: str = ""
+    fingerprint: str = ""
 
     @property
-    def judged(self):
+    def has_labels(self):
         """Whether accuracy can be told: both splits carry labels."""
         return self.train.labels is not None and self.test.labels is not None
 
     def __str__(self):
-        labels = f"{len(self.classes)} classes" if self.judged else "without labels"
+        labels = f"{len(self.classes)} classes" if self.has_labels else "without labels"
         place = "on disk" if self.train.pixels is None else "in memory"
-        counts = f"{len(self.train):,} training and {len(self.test):,} test pictures"
+        counts = f"{len(self.train):,} training and {len(self.test):,} test images"
         return f"{self.name}, {counts} of {self.image_size} px {place}, {labels}"
 
 
 def load_data(name, root="data", image_size=None, subset=None, seed=0):
     """Open a data set by name.
 
-    Args: name: one of DATASETS; root: its directory (shapes needs none; CIFAR is downloaded there; imagenet is
-        ROOT/train/CLASS, ROOT/val/CLASS; folder is any directory of pictures: class folders or none, with or
-        without train/ and val/); image_size: side of the pictures in pixels (None: 32, for imagenet and folder
-        224); subset: train on that many pictures, chosen by `seed`.
-    Returns: Data.  Raises: InputError for a directory or picture that is missing or cannot be read.
-    """
-    image_size, root = image_size or native_size(name), Path(root).absolute()
+    Args: name: one of DATASETS. root: its directory (shapes needs none; CIFAR is downloaded there;
+        imagenet is ROOT/train/CLASS and ROOT/val/CLASS; folder is any directory of images: with
+        class folders or without, with train/ and val/ or without). image_size: side of the images
+        in pixels; None: 32, for imagenet and folder 224. subset: train on so many images, chosen
+        by `seed`.
+    Returns: Data. Raises: InputError for a directory or image that is missing or cannot be read."""
+    image_size = image_size or native_size(name)
+    root = Path(root).absolute()
     if name == "shapes":
-        train, test, classes = draw_shapes(5000, 0), draw_shapes(2000, 1), SHAPE_CLASSES
+        train = draw_shapes(5000, split=0)
+        test = draw_shapes(2000, split=1)
+        classes = SHAPE_CLASSES
     elif name.startswith("cifar"):
         train, test, classes = read_cifar(name, root)
     else:
-        train, test, classes = find_pictures(name, root)
+        train, test, classes = find_images(name, root)
     if subset is not None:
         if not 0 < subset <= len(train):
-            raise InputError(f"--subset {subset}: there are {len(train):,} training pictures")
-        train = train.part(np.sort(np.random.default_rng(seed).permutation(len(train))[:subset]))
-    key = hashlib.sha256(name.encode())
+            raise InputError(f"--subset {subset}: there are {len(train):,} training images")
+        order = np.random.default_rng(seed).permutation(len(train))
+        train = train.subset(np.sort(order[:subset]))
+    digest = hashlib.sha256(name.encode())
     for split in (train, test):
-        if split.pixels is None:
-            key.update("\n".join(file[len(str(root)) + 1:] for file in split.files).encode("utf-8", "surrogateescape"))
+        if split.files is not None:
+            names = "\n".join(file[len(str(root)) + 1:] for file in split.files)
+            digest.update(names.encode("utf-8", "surrogateescape"))
             if image_size <= SMALL and len(split) * 3 * image_size**2 <= MEMORY:
                 split.pixels = decode(split.files, image_size)
         for values in (split.pixels, split.labels):
             if values is not None:
-                key.update(values.numpy())
-    return Data(name, image_size, train, test, classes, key.hexdigest()[:12])
+                digest.update(values.numpy())
+    return Data(name, image_size, train, test, classes, digest.hexdigest()[:12])
 
 
 def native_size(name):
-    """Side of a data set's pictures in pixels, unless told."""
+    """Side of a data set's images in pixels, unless told."""
     return 224 if name in ("imagenet", "folder") else 32
 
 
 def read_cifar(name, root):
     """CIFAR-10 or -100 through torchvision, downloaded where it is missing."""
-    cls = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-    try:
-        parts = [cls(root, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as e:
-        raise InputError(f"cannot download {name} ({e}); put {cls.filename} into {root}/ by hand, "
-                         "or use --dataset shapes, which needs no download") from None
-    return *(Pictures(pixels=torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-                      labels=torch.tensor(part.targets)) for part in parts), parts[0].classes
+    cifar = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    splits = []
+    for is_train in (True, False):
+        try:
+            part = cifar(root, train=is_train, download=True)
+        except (OSError, RuntimeError) as e:
+            raise InputError(f"cannot download {name} ({e}); put {cifar.filename} into {root}/ by "
+                             "hand, or use --dataset shapes, which needs no download") from None
+        pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()      # [N, 3, 32, 32]
+        splits.append(Split(pixels=pixels, labels=torch.tensor(part.targets)))
+    return *splits, part.classes
 
 
-def find_pictures(name, root):
-    """The picture files below `root` and their labels, from whatever layout is there."""
+def find_images(name, root):
+    """The image files below `root` and their labels: training split, test split, classes."""
     if not root.is_dir():
-        raise InputError(f"no directory {root}; say with --data where the pictures are")
-    val = next((root / n for n in ("val", "valid", "validation", "test") if (root / n).is_dir()), None)
-    needs = InputError(f"{root} needs train/ and val/, each with a folder for each class; else use --dataset folder")
-    if name == "imagenet" and not (val and (root / "train").is_dir()):
-        raise needs
-    if (root / "train").is_dir():
-        found = [list_files(root / "train"), list_files(val) if val else []]
-        tops = [root / "train", val]
-    else:
-        found, tops = [list_files(root), []], [root, None]
-    if len(found[0]) < 2:
-        raise InputError(f"{len(found[0]) or 'no'} picture in {tops[0]} (looked for {', '.join(sorted(ENDINGS))})")
-
-    # A label is the folder right below the top; where some picture lies in none, or all in one, there are no labels.
-    below = lambda file, top: file[len(str(top)) + 1:].rpartition(os.sep)[0].partition(os.sep)[0]
-    owners = [[below(file, top) for file in files] for files, top in zip(found, tops)]
-    classes = sorted(set(owners[0]))
-    if len(classes) < 2 or "" in classes:
+        raise InputError(f"no directory {root}; say with --data where the images are")
+    has_train = (root / "train").is_dir()
+    vals = [root / name for name in ("val", "valid", "validation", "test")]
+    val = next((path for path in vals if path.is_dir()), None)
+    not_imagenet = InputError(f"{root} needs train/ and val/, each with a folder for each class; "
+                              "else use --dataset folder")
+    if name == "imagenet" and not (val and has_train):
+        raise not_imagenet
+    top = root / "train" if has_train else root
+    files = list_files(top)
+    if len(files) < 2:
+        raise InputError(f"{len(files) or 'no'} image in {top} (looked for "
+                         f"{', '.join(sorted(ENDINGS))})")
+    folders = class_folders(files, top)
+    classes = sorted(set(folders))
+    if len(classes) < 2 or "" in classes:                       # one class is no label
         classes = []
-    if name == "imagenet" and (not classes or "" in owners[1]):
-        raise needs
-    strange = set(owners[1]) - set(classes) - {""}
-    if classes and strange:
-        raise InputError(f"{tops[1]} has classes that {tops[0]} lacks: {', '.join(sorted(strange)[:3])}")
-    number = {label: i for i, label in enumerate(classes)}
-    labels = [torch.tensor([number[owner] for owner in own]) if classes and "" not in own else None for own in owners]
-    splits = [Pictures(files=files, labels=own) for files, own in zip(found, labels)]
-    if not found[1]:                                            # hold out a tenth, always the same one
-        order = np.random.default_rng(0).permutation(len(found[0]))
-        cut = max(1, min(10_000, len(order) // 10))
-        splits = [splits[0].part(np.sort(part)) for part in (order[cut:], order[:cut])]
-    return *splits, classes
+    train = Split(files=files, labels=number_labels(folders, classes))
+    if not (has_train and val):                                 # hold out a tenth, always the same
+        order = np.random.default_rng(0).permutation(len(files))
+        held_out = max(1, min(10_000, len(order) // 10))
+        return (train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out])),
+                classes)
+    test_files = list_files(val)
+    test_folders = class_folders(test_files, val)
+    unknown = sorted(set(test_folders) - set(classes) - {""})
+    if classes and unknown:
+        raise InputError(f"{val} has classes that {top} lacks: {', '.join(unknown[:3])}")
+    if name == "imagenet" and (not classes or "" in test_folders):
+        raise not_imagenet
+    return train, Split(files=test_files, labels=number_labels(test_folders, classes)), classes
 
 
 def list_files(top):
-    """All picture files below `top`, sorted; hidden files and folders (such as macOS's ._x.jpg) are left out."""
+    """All image files below `top`, sorted; hidden ones (such as macOS's ._x.jpg) are left out."""
     found = []
-    for folder, folders, files in os.walk(top, followlinks=True):
+    for folder, folders, names in os.walk(top, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(folder, name) for name in files
-                  if os.path.splitext(name)[1].lower() in ENDINGS and not name.startswith(".")]
+        for name in names:
+            if os.path.splitext(name)[1].lower() in ENDINGS and not name.startswith("."):
+                found.append(os.path.join(folder, name))
     return sorted(found)
 
 
-def read_crops(path, size, choose_boxes):
-    """Open one picture and cut out of it: uint8 [V, 3, size, size].
+def class_folders(files, top):
+    """For each file the name of the folder right below `top` that it lies in; "" if in none."""
+    below = [file[len(str(top)) + 1:] for file in files]
+    return [path.split(os.sep)[0] if os.sep in path else "" for path in below]
 
-    `choose_boxes(height, width)` names the V boxes, rows of (top, left, height, width) in pixels.  Pillow resizes
-    each straight out of the picture, and a JPEG is decoded at 1/2, 1/4 or 1/8 where that is still fine enough.
-    Raises: InputError naming the file if it cannot be read.
-    """
+
+def number_labels(folders, classes):
+    """Class numbers, int64 [N]; None if there are no classes or an image lies in none of them."""
+    number = {name: i for i, name in enumerate(classes)}
+    if not classes or "" in folders:
+        return None
+    return torch.tensor([number[folder] for folder in folders], dtype=torch.long)
+
+
+def read_crops(path, size, choose_boxes):
+    """Open one image and cut out of it: uint8 [V, 3, size, size].
+
+    `choose_boxes(height, width)` names the V boxes, rows of (top, left, height, width) in pixels.
+    Pillow resizes each straight out of the image, and decodes a JPEG at 1/2, 1/4 or 1/8 where that
+    is still fine enough. Raises: InputError naming the file if it cannot be read."""
     try:
         with Image.open(path) as image:
             width, height = image.size
             boxes = choose_boxes(height, width)
             smallest = min(min(h, w) for _, _, h, w in boxes)
             image.draft("RGB", (int(width * size / smallest), int(height * size / smallest)))
-            sx, sy = image.width / width, image.height / height
-            if image.mode.startswith("I"):                              # 16 bits of grey: convert() would clip
+            scale_x = image.width / width
+            scale_y = image.height / height
+            if image.mode.startswith("I"):                      # 16 bits of gray: convert() clips
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            image = image if image.mode == "RGB" else image.convert("RGB")       # which would copy it all the same
-            corners = [(left * sx, top * sy, (left + w) * sx, (top + h) * sy) for top, left, h, w in boxes]
-            crops = [image.resize((size, size), Image.Resampling.BILINEAR, box=box) for box in corners]
+            if image.mode != "RGB":
+                image = image.convert("RGB")
+            crops = []
+            for top, left, h, w in boxes:
+                corners = (left * scale_x, top * scale_y, (left + w) * scale_x, (top + h) * scale_y)
+                crop = image.resize((size, size), Image.Resampling.BILINEAR, box=corners)
+                crops.append([np.asarray(channel) for channel in crop.split()])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"cannot read the picture {path} ({e}); put a readable one in its place") from None
-    return torch.from_numpy(np.array([[np.asarray(channel) for channel in crop.split()] for crop in crops]))
+        raise InputError(f"cannot read the image {path} ({e}); replace or remove it") from None
+    return torch.from_numpy(np.array(crops))
 
 
-def centre_box(size):
-    """The test view: the central square; for large pictures 7/8 of it (resize to 256, cut out 224)."""
-    def choose(height, width):
-        side = min(height, width) * (1 if size <= SMALL else 7 / 8)
+def center_box(size):
+    """The test view: the central square; of large images 7/8 of it (resize to 256, crop 224)."""
+    share = 1 if size <= SMALL else 7 / 8
+
+    def choose_boxes(height, width):
+        side = min(height, width) * share
         return [((height - side) / 2, (width - side) / 2, side, side)]
-    return choose
+
+    return choose_boxes
 
 
 def decode(files, size):
     """The central squares of all files at once: uint8 [N, 3, size, size]."""
     with ThreadPoolExecutor() as pool:
-        return torch.cat(list(pool.map(lambda file: read_crops(file, size, centre_box(size)), files)))
+        crops = pool.map(lambda file: read_crops(file, size, center_box(size)), files)
+        return torch.cat(list(crops))
 
 
-class Crops(Dataset):
-    """Files as crops, for DataLoader workers.  Item (epoch, index) -> (uint8 [V, 3, S, S], epoch, index); the V random
-    boxes follow from (seed, epoch, index) alone.  views = 0: the test view."""
+class RandomCrops(Dataset):
+    """Files as random crops, for a DataLoader. Item (epoch, index) -> uint8 [V, 3, S, S], epoch,
+    index; the V boxes depend on (seed, epoch, index) alone. views = 0: the test view."""
 
     def __init__(self, files, size, views=0, seed=0, scale=(0.2, 1.0)):
-        self.files = np.array([os.fsencode(file) for file in files])    # one block: workers would copy a million strings
-        self.size, self.views, self.seed, self.scale = size, views, seed, scale
+        self.files = np.array([os.fsencode(file) for file in files])    # one block for all workers
+        self.size = size
+        self.views = views
+        self.seed = seed
+        self.scale = scale
 
     def __getitem__(self, item):
         epoch, index = item
-        u = [uniforms(self.seed, epoch, [index], view) for view in range(self.views)]
-        random_boxes = lambda height, width: [crop_box(row, height, width, self.scale)[0].tolist() for row in u]
-        choose = random_boxes if self.views else centre_box(self.size)
-        return read_crops(os.fsdecode(self.files[index]), self.size, choose), epoch, index
+
+        def random_boxes(height, width):
+            rows = [uniforms(self.seed, epoch, [index], view) for view in range(self.views)]
+            return crop_box(torch.cat(rows), height, width, self.scale).tolist()
+
+        choose_boxes = random_boxes if self.views else center_box(self.size)
+        return read_crops(os.fsdecode(self.files[index]), self.size, choose_boxes), epoch, index
 
 
-# -------------------------------------------------------------------------------------------- shapes, drawn
-OUTLINES, TEXTURES = ("disc", "square", "triangle", "cross", "ring"), ("plain", "stripes", "checks", "circles")
-SHAPE_CLASSES = [f"{texture} {outline}" for outline in OUTLINES for texture in TEXTURES]
+# ------------------------------------------------------------------------------- shapes, drawn here
+OUTLINES = ("disc", "square", "triangle", "cross", "ring")
+TEXTURES = ("plain", "stripes", "checks", "circles")
+SHAPE_CLASSES = [f"{t} {o}" for o, t in itertools.product(OUTLINES, TEXTURES)]
 
 
 def draw_shapes(n, split):
-    """n pictures of 32 px, outline x texture making the class; place, size, turn, colours and stripes are chance.
+    """n images of 32 px, a class being outline x texture; position, size, angle, colors are random.
 
-    The built-in data set: no file, no network, made in a second, always the same for a split (0 train, 1 test).
-    """
-    label = torch.arange(n) % len(SHAPE_CLASSES)
-    outline, texture, pick = label // len(TEXTURES), label % len(TEXTURES), torch.arange(n)
-    u = uniforms(0, split, pick, view=-1)                                       # numbers that no view is made of
-    column = lambda i: u[:, i, None, None]                                      # [N, 1, 1]
+    The built-in data set: no file, no network, drawn in a second, the same on every machine for a
+    split (0: training, 1: test)."""
+    labels = torch.arange(n) % len(SHAPE_CLASSES)
+    outline = labels // len(TEXTURES)
+    texture = labels % len(TEXTURES)
+    image = torch.arange(n)
+    u = uniforms(0, split, image, view=-1)[:, :, None, None]    # numbers that no view is made of
 
-    grid = (torch.arange(32) + 0.5) / 16 - 1                                    # pixel centres in -1 .. 1
-    y, x = torch.meshgrid(grid, grid, indexing="ij")
-    radius, angle = 0.75 + 0.2 * column(0), 1.2 * (column(1) - 0.5)
-    x, y = ((p - (1 - radius) * (2 * column(i) - 1)) / radius for p, i in ((x, 2), (y, 3)))
-    x, y = angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x  # [N, 32, 32], the shape's own axes
-    r, ax, ay = (x * x + y * y).sqrt(), x.abs(), y.abs()
+    grid = (torch.arange(32) + 0.5) / 16 - 1                    # pixel centers in -1 .. 1
+    y, x = torch.meshgrid(grid, grid, indexing="ij")            # [32, 32]
+    radius = 0.75 + 0.2 * u[:, 0]                               # [N, 1, 1]
+    angle = 1.2 * (u[:, 1] - 0.5)
+    x = (x - (1 - radius) * (2 * u[:, 2] - 1)) / radius         # [N, 32, 32], the shape's own axes
+    y = (y - (1 - radius) * (2 * u[:, 3] - 1)) / radius
+    turned_x = angle.cos() * x + angle.sin() * y
+    turned_y = angle.cos() * y - angle.sin() * x
+    x, y = turned_x, turned_y
+    r = (x * x + y * y).sqrt()
 
-    depth = torch.stack([0.85 - r,                                              # how far inside a pixel lies
-                         0.75 - torch.maximum(ax, ay),
-                         torch.stack([0.5 - y, 0.5 + y / 2 + 0.866 * x, 0.5 + y / 2 - 0.866 * x]).amin(0),
-                         torch.maximum(torch.minimum(0.3 - ax, 0.95 - ay), torch.minimum(0.95 - ax, 0.3 - ay)),
-                         0.22 - (r - 0.7).abs()])[outline, pick]                # [N, 32, 32]
-    inside = (16 * radius * depth + 0.5).clamp(0, 1)[:, None]                   # soft over one pixel
-    pitch, phase = 6 + 2 * column(4), 6.283 * column(5)
-    sx, sy = (pitch * x + phase).sin(), (pitch * y + phase).sin()
-    wave = torch.stack([torch.ones_like(x), sx, 2 * sx * sy, (pitch * r + phase).sin()])[texture, pick]
-    first, back = u[:, 6:9, None, None], u[:, 9:12, None, None]                 # [N, 3, 1, 1]
-    second = (first + 0.5) % 1                                                  # never too close to the first
-    image = torch.lerp(second, first, (2 * wave + 0.5).clamp(0, 1)[:, None])    # [N, 3, 32, 32]
-    return Pictures(pixels=(255 * torch.lerp(back, image, inside)).round().to(torch.uint8), labels=label)
+    bar = torch.minimum(0.3 - x.abs(), 0.95 - y.abs())
+    other_bar = torch.minimum(0.95 - x.abs(), 0.3 - y.abs())
+    edges = torch.stack([0.5 - y, 0.5 + y / 2 + 0.866 * x, 0.5 + y / 2 - 0.866 * x])
+    depth = torch.stack([0.85 - r,                              # how far inside a pixel lies
+                         0.75 - torch.maximum(x.abs(), y.abs()),
+                         edges.amin(0),
+                         torch.maximum(bar, other_bar),
+                         0.22 - (r - 0.7).abs()])[outline, image]
+    inside = (16 * radius * depth + 0.5).clamp(0, 1)[:, None]   # [N, 1, 32, 32], soft over a pixel
+    pitch = 6 + 2 * u[:, 4]
+    phase = 6.283 * u[:, 5]
+    stripes = (pitch * x + phase).sin()
+    checks = 2 * stripes * (pitch * y + phase).sin()
+    circles = (pitch * r + phase).sin()
+    wave = torch.stack([torch.ones_like(x), stripes, checks, circles])[texture, image]
+    first_color = u[:, 6:9, 0]                                  # [N, 3, 1]
+    second_color = (first_color + 0.5) % 1                      # never too close to the first
+    background = u[:, 9:12, 0]
+    share = (2 * wave + 0.5).clamp(0, 1)[:, None]               # [N, 1, 32, 32]
+    shape = torch.lerp(second_color[..., None], first_color[..., None], share)     # [N, 3, 32, 32]
+    pixels = torch.lerp(background[..., None], shape, inside)
+    return Split(pixels=(255 * pixels).round().to(torch.uint8), labels=labels)
 
 
-# -------------------------------------------------------------------------------------- features and judges
-def plain_views(pictures, size, device, workers, batch_size=256):
-    """The test views, normalised, on the device: float32 [B, 3, size, size] batch by batch.  Decoded pictures are taken
-    whole, those on disk by their `centre_box`."""
-    if pictures.pixels is not None:
-        source = (resize(pixels.to(device), size) for pixels in pictures.pixels.split(batch_size))
-    else:
-        loader = DataLoader(Crops(pictures.files, size), batch_size, sampler=[(0, i) for i in range(len(pictures))],
-                            num_workers=workers)
-        source = (crops[:, 0].to(device) for crops, _, _ in loader)
-    for images in source:
-        yield normalise(images).contiguous(memory_format=torch.channels_last)
-
-
+# -------------------------------------------------------------------------- features and accuracies
 def resize(pixels, size):
     """uint8 [B, 3, H, W] -> float in [0, 1], [B, 3, size, size]; nothing is cut off."""
-    b, _, h, w = pixels.shape
-    whole = torch.tensor([0.0, 0.0, h, w], device=pixels.device).expand(b, 4)
-    return as_float(pixels) if h == w == size else crop_and_resize(as_float(pixels), whole, size)
+    images = to_float(pixels)
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def test_views(split, size, device, workers, batch_size=256):
+    """The test views of a split, normalized, on the device: float32 [B, 3, size, size] batch by
+    batch. Decoded images are taken whole, those on disk by their `center_box`."""
+    if split.pixels is not None:
+        batches = (resize(pixels.to(device), size) for pixels in split.pixels.split(batch_size))
+    else:
+        loader = DataLoader(RandomCrops(split.files, size), batch_size, num_workers=workers,
+                            sampler=[(0, i) for i in range(len(split))])
+        batches = (crops[:, 0].to(device) for crops, _, _ in loader)
+    for images in batches:
+        yield normalize(images).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def features(encoder, pictures, device="cpu", workers=0):
-    """Backbone features of the pictures' test views: float32 [N, F] on the CPU.  The encoder keeps its mode."""
-    training = encoder.training
+def extract_features(encoder, split, device="cpu", workers=0):
+    """Backbone features of the test views: float32 [N, feature_dim], on the CPU."""
+    was_training = encoder.training
     encoder.eval()
     found = []
-    for x in plain_views(pictures, encoder.image_size, device, workers):
-        found.append(encoder.features(x).float().cpu())                         # [B, F]
-    encoder.train(training)
+    for x in test_views(split, encoder.image_size, device, workers):
+        found.append(encoder.features(x).float().cpu())         # [B, feature_dim]
+    encoder.train(was_training)
     return torch.cat(found)
 
 
-def neighbours(queries, bank, k=10, chunk=512):
-    """Cosine [M, k] and place [M, k] in `bank` [N, F] of the k nearest to each query [M, F], in chunks."""
+def nearest_neighbors(queries, bank, k=10):
+    """Cosine similarities [M, k] and indices [M, k] of the k rows of `bank` [N, feature_dim] that
+    are most similar to each of the queries [M, feature_dim]."""
     bank = F.normalize(bank, dim=1)
-    found = [(F.normalize(part, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1) for part in queries.split(chunk)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    similarities = []
+    indices = []
+    for part in queries.split(512):                             # [512, N] at a time
+        top = (F.normalize(part, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
+        similarities.append(top.values)
+        indices.append(top.indices)
+    return torch.cat(similarities), torch.cat(indices)
 
 
 def knn(train_x, train_y, test_x, test_y, k=10):
-    """kNN accuracy in percent: each of the k nearest training pictures votes for its label with its cosine.
-
-    train_x [N, F], test_x [M, F]: float features; train_y [N], test_y [M]: int64 labels.
-    """
-    cosine, place = neighbours(test_x, train_x, k)
+    """kNN accuracy in percent: each of the k nearest training images votes for its label with its
+    cosine similarity. train_x: features [N, feature_dim], train_y: int64 [N]; test_x, test_y: M."""
+    similarities, indices = nearest_neighbors(test_x, train_x, k)
     votes = torch.zeros(len(test_x), int(train_y.max()) + 1, device=test_x.device)
-    votes.scatter_add_(1, train_y[place], cosine.clamp(min=1e-9))               # [M, C]
+    votes.scatter_add_(1, train_y[indices], similarities.clamp(min=1e-9))      # [M, C]
     return 100 * (votes.argmax(1) == test_y).float().mean().item()
 
 
 def fit_linear(x, y, classes, rates, epochs=100, batch_size=256):
-    """One linear layer for each learning rate, all trained at once: weights [L, F, C] and bias [L, 1, C].
+    """Linear layers that read y [N] off x [N, feature_dim], one for each learning rate.
 
-    The paper's probe: SGD, momentum 0.9, no weight decay, 100 epochs, rate x 0.1 at 60 and 80.
-    """
-    rates = torch.tensor(rates, device=x.device)[:, None, None]                 # [L, 1, 1]
-    weights = [torch.zeros(len(rates), n, classes, device=x.device, requires_grad=True) for n in (x.shape[1], 1)]
-    momenta = [torch.zeros_like(w) for w in weights]
+    The paper's probe: SGD, momentum 0.9, no weight decay, 100 epochs, rate x 0.1 at 60 and 80."""
+    layers = [nn.Linear(x.shape[1], classes).to(x.device) for _ in rates]
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    groups = [dict(params=layer.parameters(), lr=rate) for layer, rate in zip(layers, rates)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    milestones = [round(0.6 * epochs), round(0.8 * epochs)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     for epoch in range(epochs):
-        lr = rates * (1 if epoch < 0.6 * epochs else 0.1 if epoch < 0.8 * epochs else 0.01)
         order = torch.from_numpy(np.random.default_rng(epoch).permutation(len(x))).to(x.device)
         for batch in order.split(batch_size):
-            logits = x[batch] @ weights[0] + weights[1]                         # [L, B, C]
-            loss = F.cross_entropy(logits.flatten(0, 1), y[batch].repeat(len(rates)), reduction="sum") / len(batch)
-            for w, m, g in zip(weights, momenta, torch.autograd.grad(loss, weights)):
-                m.mul_(0.9).add_(g)
-                w.data.sub_(lr * m)
-    return [w.detach() for w in weights]
+            batch_x = x[batch]
+            batch_y = y[batch]
+            loss = sum(F.cross_entropy(layer(batch_x), batch_y) for layer in layers)
+            optimizer.zero_grad()
+            loss.backward()                                     # each layer gets its own gradient
+            optimizer.step()
+        schedule.step()
+    return layers
+
+
+@torch.no_grad()
+def accuracy(layer, x, y):
+    """Percent of the features x [M, feature_dim] whose label y [M] the layer finds."""
+    return 100 * (layer(x).argmax(1) == y).float().mean().item()
 
 
 def linear_probe(train_x, train_y, test_x, test_y, rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)):
-    """Accuracy of a linear classifier on frozen features in percent, and the learning rate it chose.
+    """Accuracy of a linear classifier on frozen features in percent, and its learning rate.
 
-    The rate is chosen on a tenth of the *training* set, held out; then all of it is used; the last epoch counts.
-    Features are brought to mean 0 and deviation 1 first, so that one list of rates serves every network.
-    Args as `knn`.
-    """
-    mean, std = train_x.mean(0), train_x.std(0)
-    std = std.clamp(min=1e-5 * std.max().item() + 1e-30)                        # a constant feature stays at 0
-    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
+    The rate is chosen on a tenth of the *training* set, which is held out; then all of it is used,
+    and the last epoch counts. Features are first brought to mean 0 and standard deviation 1, so
+    that the same rates serve every network. Arguments as `knn`."""
+    mean = train_x.mean(0)
+    std = train_x.std(0)
+    std = std.clamp(min=1e-5 * std.max().item() + 1e-30)        # a constant feature stays at 0
+    train_x = (train_x - mean) / std
+    test_x = (test_x - mean) / std
     classes = int(train_y.max()) + 1
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train_x))).to(train_x.device)
-    held, rest = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
-    w, b = fit_linear(train_x[rest], train_y[rest], classes, rates)
-    hits = ((train_x[held] @ w + b).argmax(2) == train_y[held]).sum(1)          # [L]
-    rate = rates[hits.argmax().item()]
-    w, b = fit_linear(train_x, train_y, classes, [rate])
-    return 100 * ((test_x @ w[0] + b[0]).argmax(1) == test_y).float().mean().item(), rate
+    held_out, rest = order.tensor_split([max(1, len(order) // 10)])
+    layers = fit_linear(train_x[rest], train_y[rest], classes, rates)
+    found = [accuracy(layer, train_x[held_out], train_y[held_out]) for layer in layers]
+    rate = rates[int(np.argmax(found))]
+    [layer] = fit_linear(train_x, train_y, classes, [rate])
+    return accuracy(layer, test_x, test_y), rate
 
 
 def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
-    """Judge an encoder on a data set, on no more than `limit` pictures of each split (those of a fixed shuffle).
+    """Evaluate an encoder on a data set, on at most `limit` images of each split (a fixed choice).
 
-    Returns: scores, a dict of knn and linear (percent) and rate (the probe's learning rate), None where labels are
-    missing or `linear` is off; and what they rest on: train and test Pictures and their features [N, F].
-    """
-    some = lambda split: split.part(np.random.default_rng(0).permutation(len(split))[:limit])
-    train, test = (some(split) if limit and len(split) > limit else split for split in (data.train, data.test))
-    x, y = features(encoder, train, device, workers), features(encoder, test, device, workers)
+    Returns: scores: a dict of knn and linear (percent) and rate (the probe's learning rate), None
+    where labels are missing or `linear` is off; and what they rest on, for `save_neighbors`:
+    training split, test split, and the features of both."""
+    splits = []
+    for split in (data.train, data.test):
+        if limit and len(split) > limit:
+            split = split.subset(np.random.default_rng(0).permutation(len(split))[:limit])
+        splits.append(split)
+    train, test = splits
+    train_x = extract_features(encoder, train, device, workers)
+    test_x = extract_features(encoder, test, device, workers)
     scores = dict(knn=None, linear=None, rate=None)
-    if data.judged:
-        judged = [values.to(device) for values in (x, train.labels, y, test.labels)]
-        scores["knn"] = knn(*judged)
+    if data.has_labels:
+        labeled = [x.to(device) for x in (train_x, train.labels, test_x, test.labels)]
+        scores["knn"] = knn(*labeled)
         if linear:
-            scores["linear"], scores["rate"] = linear_probe(*judged)
-    return scores, (train, test, x, y)
+            scores["linear"], scores["rate"] = linear_probe(*labeled)
+    return scores, (train, test, train_x, test_x)
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ---------------------------------------------------------------------------------- grids of images
+FRAMES = dict(white=(1.0, 1.0, 1.0), green=(0.1, 0.7, 0.2), red=(0.85, 0.2, 0.15))
+
+
 def save_grid(path, rows, frames=None):
-    """Write rows (a list of lists of float [3, S, S] in [0, 1]) as one picture; `frames` names a colour for each."""
-    colours = dict(white=(1.0, 1.0, 1.0), green=(0.1, 0.7, 0.2), red=(0.85, 0.2, 0.15))
+    """Write rows (lists of float [3, S, S] in [0, 1]) as one image; `frames` names a color each."""
     side = rows[0][0].shape[1]
-    zoom, tiles = max(1, 96 // side), []
+    zoom = max(1, 96 // side)
+    tiles = []
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
-            colour = torch.tensor(colours[frames[i][j] if frames else "white"])[:, None, None]
-            frame = colour.repeat(1, side * zoom + 8, side * zoom + 8)          # [3, S', S']
-            frame[:, 4:-4, 4:-4] = tile.cpu().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-            tiles.append(frame)
+            color = FRAMES[frames[i][j] if frames else "white"]
+            framed = torch.tensor(color)[:, None, None].repeat(1, side * zoom + 8, side * zoom + 8)
+            framed[:, 4:-4, 4:-4] = tile.cpu().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+            tiles.append(framed)
     torchvision.utils.save_image(tiles, path, nrow=len(rows[0]), padding=2, pad_value=1)
 
 
-def picture(pictures, index, size):
-    """The test view of one picture, float [3, size, size] in [0, 1]."""
-    if pictures.pixels is not None:
-        return resize(pictures.pixels[index:index + 1], size)[0]
-    return as_float(read_crops(pictures.files[index], size, centre_box(size)))[0]
+def test_image(split, index, size):
+    """The test view of one image, float [3, size, size] in [0, 1]."""
+    if split.pixels is not None:
+        return resize(split.pixels[index:index + 1], size)[0]
+    return to_float(read_crops(split.files[index], size, center_box(size)))[0]
 
 
 def save_views(path, data, scale, blur, seed=0, columns=8, count=6):
-    """What augmentation does: a row for each picture, itself first, then seven views of it."""
-    size, rows = data.image_size, []
+    """What augmentation does: a row for each image, itself first, then views of it."""
+    size = data.image_size
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    rows = []
     for index in range(min(count, len(data.train))):
-        whole = picture(data.train, index, size)
+        image = test_image(data.train, index, size)
         u = torch.cat([uniforms(seed, epoch, [index]) for epoch in range(columns - 1)])
-        views = augment(whole.expand(columns - 1, -1, -1, -1), u, size, scale, blur)
-        black, white = (normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
-        rows.append([whole, *((views - black) / (white - black)).clamp(0, 1)])
+        views = augment(image.expand(columns - 1, -1, -1, -1), u, size, scale, blur)
+        rows.append([image, *(views * std + mean).clamp(0, 1)])
     save_grid(path, rows)
 
 
-def save_neighbours(path, train, test, train_x, test_x, size, count=8, k=7):
-    """Test pictures and the training pictures nearest to them; green frame: the same label, red: another."""
+def save_neighbors(path, train, test, train_x, test_x, size, count=8, k=7):
+    """Test images, and the training images nearest to them. Green frame: the same label; red:
+    another one."""
     queries = np.random.default_rng(0).permutation(len(test))[:count]
-    place = neighbours(test_x[queries], train_x, k)[1]
-    rows, frames = [], []
-    for query, near in zip(queries.tolist(), place.tolist()):
-        rows.append([picture(test, query, size)] + [picture(train, i, size) for i in near])
-        if train.labels is None or test.labels is None:
-            frames.append(["white"] * (k + 1))
-        else:
-            right = (train.labels[near] == test.labels[query]).tolist()
-            frames.append(["white"] + ["green" if same else "red" for same in right])
+    indices = nearest_neighbors(test_x[queries], train_x, k)[1]
+    rows = []
+    frames = []
+    for query, near in zip(queries.tolist(), indices.tolist()):
+        rows.append([test_image(test, query, size)] + [test_image(train, i, size) for i in near])
+        colors = ["white"] * len(near)
+        if train.labels is not None and test.labels is not None:
+            same = train.labels[near] == test.labels[query]
+            colors = ["green" if hit else "red" for hit in same]
+        frames.append(["white", *colors])
     save_grid(path, rows, frames)
 
 
-# ------------------------------------------------------------------------------------------- the command
-def report(error):
-    """The one line of an InputError; one that comes from a DataLoader worker drags a traceback behind it."""
-    return "error: " + str(error).strip().split("\n")[-1].split("InputError: ")[-1]
+def print_table(rows, data, device, workers, out):
+    """Evaluate the encoder of each row, print a table, and keep it as OUT/results.json.
+
+    rows: dicts of name, encoder (Encoder, or the path of its file; of OUT/encoder.pt the neighbors
+    are drawn), seconds (of training, or None), labels (whether they were used, in words)."""
+    counts = [f"{min(len(split), TABLE_LIMIT):,}" for split in (data.train, data.test)]
+    more = f" of {len(data.train):,}; probe.py takes all" if len(data.train) > TABLE_LIMIT else ""
+    print(f"\nevaluating on {counts[0]} training and {counts[1]} test images{more}")
+    width = max(len(row["name"]) for row in rows)
+    print(f"{'':{width}s}     kNN  linear  seconds  labels used")
+    results = []
+    for row in rows:
+        encoder = row["encoder"]
+        if not isinstance(encoder, nn.Module):
+            encoder = load_teacher(encoder)
+        encoder = encoder.to(device, memory_format=torch.channels_last)
+        scores, material = evaluate(encoder, data, device, workers, TABLE_LIMIT)
+        texts = ["-", "-"]
+        if data.has_labels:
+            texts = [f"{scores['knn']:.1f}%", f"{scores['linear']:.1f}%"]
+        seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
+        print(f"{row['name']:{width}s}  {texts[0]:>6s}  {texts[1]:>6s}  {seconds:>7s}  "
+              f"{row['labels']}", flush=True)
+        results.append({key: row[key] for key in ("name", "seconds", "labels")} | scores)
+        if row["encoder"] == f"{out}/encoder.pt":
+            save_neighbors(Path(out, "neighbors.png"), *material, data.image_size)
+    Path(out, "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbors.png")
 
 
-def with_labels(seen):
-    """Whether labels took part in making an encoder, in words."""
-    return {True: "WITH the labels of the training pictures", False: "without labels", None: "labels unknown"}[seen]
-
-
+# --------------------------------------------------------------------------- devices and processes
 def pick_device(name):
-    """torch.device from auto, cpu, cuda or mps; InputError where there is none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(name):
-        raise InputError(f"no device '{name}' here; use --device {' or '.join(n for n in there if there[n])}")
+    """torch.device from auto, cpu, cuda or mps; InputError if there is none such."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    name = available[0] if name == "auto" else name
+    if name not in available:
+        raise InputError(f"no device '{name}' here; use --device {' or '.join(available)}")
     return torch.device(name)
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Show a default where there is one."""
+def init_distributed(device_name):
+    """Join the process group that torchrun describes in the environment, if it did; the device."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name)
+    gpus = torch.cuda.device_count()
+    if world_size != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise InputError("several machines are not supported; use torchrun on one")
+    if world_size > 1 and device.type == "mps":
+        raise InputError("several processes need GPUs of NVIDIA's or --device cpu")
+    if device.type == "cuda":
+        if world_size > gpus:
+            raise InputError(f"{world_size} processes but {gpus} GPUs; lower --nproc_per_node")
+        if world_size == 1 and gpus > 1:
+            command = f"torchrun --nproc_per_node={gpus} {shlex.join(sys.argv)}"
+            print(f"note: {gpus - 1} GPUs are not used; {command}")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True                   # pick the fastest convolutions
+    if world_size > 1:
+        gpu = device if device.type == "cuda" else None
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=gpu)
+    return device
+
+
+def is_main_process():
+    """Whether this is the process that prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def print0(*words):
+    """Print, from the main process alone."""
+    if is_main_process():
+        print(*words, flush=True)
+
+
+@contextmanager
+def main_process_first():
+    """The main process runs the block before the others: what it downloads or writes, they find."""
+    if dist.is_initialized() and not is_main_process():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and is_main_process():
+            dist.barrier()
+
+
+# ------------------------------------------------------------------------------------- the command
+def one_line(error):
+    """The line of an InputError; one from a DataLoader's worker drags a traceback behind it."""
+    return "error: " + str(error).strip().split("\n")[-1].split("InputError: ")[-1]
+
+
+def label_use(used_labels):
+    """Whether labels took part in training an encoder, in words."""
+    words = {True: "WITH the labels of the training images", False: "without labels"}
+    return words.get(used_labels, "labels unknown")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Texts as they are written; defaults where there are any."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -454,59 +632,75 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are InputErrors."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=Help, **options)
+        super().__init__(formatter_class=HelpFormatter, **options)
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
 
-def main(argv=None):
+def parse_args(argv=None):
+    """The command line of probe.py."""
     parser = Parser(description="kNN and linear probe of an encoder's frozen features.")
     flag = parser.add_argument
-    flag("encoder", help="an encoder.pt or another checkpoint that seed.load_teacher reads, or random:ARCH")
+    flag("encoder", help="an encoder.pt or another checkpoint that seed.load_teacher reads; or "
+         "random:ARCH")
     flag("--arch", help="the network's name, where the file does not say it")
-    flag("--dataset", choices=DATASETS, default="shapes", help="what to judge it on")
-    flag("--data", default="data", metavar="DIR", help="where the pictures are")
-    flag("--image-size", type=int, help="side of a picture in pixels; the size it was trained at if not given")
-    flag("--small-images", action="store_true", help="with random:ARCH: open the stem for small pictures")
-    flag("--subset", type=int, metavar="N", help="use N training pictures, chosen by the seed")
+    flag("--dataset", choices=DATASETS, default="shapes", help="what to evaluate on")
+    flag("--data", default="data", metavar="DIR", help="where the images are")
+    flag("--image-size", type=int, help="side of an image in pixels; if not given, the size at "
+         "which it was trained")
+    flag("--small-images", action="store_true", help="with random:ARCH: the stem for small images")
+    flag("--subset", type=int, metavar="N", help="use N training images, chosen by the seed")
     flag("--seed", type=int, default=0, help="of the subset, and of random:ARCH")
-    flag("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read pictures from disk")
+    flag("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read images")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
-    flag("--out", metavar="DIR", help="for probe.json and neighbours.png; beside the encoder's file, or here")
-    args = parser.parse_args(argv)
-    start = time.time()
-    device = pick_device(args.device)
+    flag("--out", metavar="DIR", help="for probe.json and neighbors.png; if not given, beside the "
+         "encoder's file, or here")
+    return parser.parse_args(argv)
+
+
+def load_encoder(args):
+    """The encoder that the command line names."""
     if args.encoder.startswith("random:"):
         torch.manual_seed(args.seed)
         size = args.image_size or native_size(args.dataset)
-        encoder = Encoder(args.encoder[7:], small_images=args.small_images, image_size=size)
-        encoder.made, encoder.labels_seen = f"{encoder.arch}, random weights", False
-    else:
-        encoder = load_teacher(args.encoder, args.arch)
-        if args.image_size:
-            encoder.try_size(args.image_size)
-    encoder = encoder.to(device, memory_format=torch.channels_last)
+        arch = args.encoder.removeprefix("random:")
+        return Encoder(arch, small_images=args.small_images, image_size=size)
+    encoder = load_teacher(args.encoder, args.arch)
+    if args.image_size:
+        encoder.check_image_size(args.image_size)
+    return encoder
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    start = time.time()
+    device = pick_device(args.device)
+    encoder = load_encoder(args).to(device, memory_format=torch.channels_last)
     data = load_data(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
-    print(f"{encoder.made}, {with_labels(encoder.labels_seen)}\n{data}")
+    print(f"{encoder.provenance}, {label_use(encoder.used_labels)}\n{data}")
     scores, material = evaluate(encoder, data, device, args.workers)
-    if data.judged:
-        print(f"kNN {scores['knn']:.1f}%   linear probe {scores['linear']:.1f}% (learning rate {scores['rate']})")
+    if data.has_labels:
+        print(f"kNN {scores['knn']:.1f}%   linear probe {scores['linear']:.1f}% (learning rate "
+              f"{scores['rate']})")
     else:
         print("no labels, so no accuracy")
-    out = Path(args.out or (Path(args.encoder).parent if os.path.exists(args.encoder) else "."))
+    out = Path(args.encoder).parent if os.path.exists(args.encoder) else Path(".")
+    out = Path(args.out or out)
     out.mkdir(parents=True, exist_ok=True)
-    save_neighbours(out / "neighbours.png", *material, data.image_size)
-    summary = dict(encoder=args.encoder, made=encoder.made, labels_seen=encoder.labels_seen, data=str(data)) | scores
+    save_neighbors(out / "neighbors.png", *material, data.image_size)
+    summary = dict(encoder=args.encoder, provenance=encoder.provenance,
+                   used_labels=encoder.used_labels, data=str(data), **scores)
     (out / "probe.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"wrote {out / 'probe.json'} and {out / 'neighbours.png'} after {time.time() - start:.0f} s")
+    print(f"wrote {out / 'probe.json'} and {out / 'neighbors.png'} after "
+          f"{time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
     try:
         main()
     except InputError as e:
-        print(report(e), file=sys.stderr)
+        print(one_line(e), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory; use --subset or --device cpu")

@@ -1,37 +1,45 @@
 """SEED: self-supervised distillation (Fang et al., ICLR 2021, arXiv 2101.04731) in one file.
 
-Contrastive learning makes good large networks and poor small ones.  SEED lets a large, frozen network
-(the teacher) teach a small one (the student) without a single label.  The student does not copy the
-teacher's embedding.  It learns to *rank*: given a long queue of things the teacher has seen before, how
-similar is this picture to each of them?  Whoever answers that like the teacher sees like the teacher.
+Contrastive learning needs no labels; it makes good large networks and poor small ones. SEED trains
+a small network (the student) with the help of a large one (the teacher), which is trained already
+and stays frozen. No label takes part.
 
-                     +--> student --> z_s --.        z_s . d_j / tau_s  --softmax-->  p_s
-    picture --> view |                       >--- D+ = {z_t, d_1 .. d_K}              cross-entropy(p_t, p_s)
-                     +--> teacher --> z_t --'        z_t . d_j / tau_t  --softmax-->  p_t
-                          (frozen)     |
-                                       '--> afterwards z_t enters the queue; the oldest entry leaves
+The student does not copy the teacher's embeddings. The teacher says how similar an image is to each
+of a queue of earlier images: a probability distribution over the queue. The student compares its
+own embedding of the image with the same queue, and is trained to give the same distribution.
 
-Letters: B batch of a process, R processes (ranks), D embedding width, K queue length, F width of the backbone's
-features, C classes, S side of a view in pixels, H x W a picture's height and width, U uniform numbers per view.
-A line that changes a tensor's shape ends in the new one.
+    image -> view -+-> student -> z_s --> z_s . d_j / tau_s -> softmax -> p_s -+
+                   |                            ^                              |
+                   |            d_0 = z_t,  d_1 ... d_K = the queue            +-> cross-entropy
+                   |                            v                              |
+                   +-> teacher -> z_t --> z_t . d_j / tau_t -> softmax -> p_t -+
+                       (frozen)    |
+                                   +--> after the step: z_t enters the queue, the oldest leaves
 
-Departures from the authors' code, each explained where it happens:
-  * tau_t = 0.01 by default, as in a later re-implementation; the authors' code says 1e-4, at which the teacher's
-    ranking is all but one-hot;
-  * enqueue after backward instead of before: the queue is never cloned;
-  * the colour operations of a view come in one fixed order; a crop's box need not lie on whole pixels, and where no
-    random shape fits, the largest that does lies anywhere.
+Letters in shapes (a line that changes a tensor's shape ends in the new one):
+    B  images in the batch of one process      D  width of an embedding (128)
+    R  processes that train together           K  length of the queue (65,536)
+    C  classes                                 S  side of a view in pixels
+    U  random numbers that make one view       H, W  height and width of an image in pixels
 
-Read on: 1 losses, 2 queue, 3 encoders, 4 teachers, 5 views, 6 methods.  `python seed.py` distils a toy.
+Departures ("-": not stated in what could be checked of the paper):
+
+                   paper             authors' code               here
+    tau_t          -                 1e-4                        0.01, as in a re-implementation
+    enqueue        -                 before backward             after it: same numbers, no clone
+    color jitter   -                 in random order             in one fixed order
+    crop           -                 on whole pixels; in the     between pixels too; anywhere
+                                     center if none fits         if none fits
+    small crops    in the best rows  yes                         not yet
+
+The training loop is `train` in train.py; data sets and evaluation are in probe.py. This file needs
+neither: `python seed.py` trains a toy in a few seconds.
 """
 import copy
 import difflib
 import hashlib
 import math
 import os
-import warnings
-from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
 import torch
@@ -39,719 +47,782 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class InputError(ValueError):
-    """Something the user can mend: one line that says what is wrong and what to do."""
+    """Something that the user can mend; one line says what is wrong and what to do."""
 
 
-# ------------------------------------------------------------------------------------------ 1. the losses
-@contextmanager
-def exact_float32(device):
-    """Float32 products that stay float32: autocast off, and TF32 and bf16 shortcuts off (`.float()` alone is
-    undone by the next matmul).  Near 1, bf16 knows steps of 0.0039: at tau_t = 0.01 that is 0.39 of a logit, at
-    1e-4 it is 39, and the teacher's ranking is noise.  (Backward runs outside: gradients follow your settings.)"""
-    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [m.fp32_precision for m in matmuls]
-    try:
-        for m in matmuls:
-            m.fp32_precision = "ieee"
-        with torch.autocast(torch.device(device).type, enabled=False):
-            yield
-    finally:
-        for m, precision in zip(matmuls, before):
-            m.fp32_precision = "none"                                   # follow the settings above it, if that will do
-            if m.fp32_precision != precision:
-                m.fp32_precision = precision
+# ------------------------------------------------------------------------------------- 1. the loss
+def similarity_logits(z, own_key, queue, tau):
+    """Cosine similarity of each z to its own key and to every queue entry, divided by tau.
 
-
-def ranking_logits(z, key, queue, tau):
-    """Cosine of each z with its own key, then with every queue entry, over tau: float32 logits [B, K+1].
-
-    Column 0 is the sample's own key, so D+ has K+1 entries.  Dividing z [B, D] by tau, and not the
-    logits [B, K+1], gives the same numbers for less memory.
-    """
-    if z.ndim != 2 or key.shape != z.shape or queue.ndim != 2 or queue.shape[1] != z.shape[1]:
-        raise ValueError(f"expected two [B, D] and a [K, D], got {[list(x.shape) for x in (z, key, queue)]}")
+    Args: z, own_key: float [B, D]; queue: float [K, D]; all rows of length 1; tau: above 0.
+    Returns: float32 [B, 1+K]; column 0: the own key. Raises: ValueError for other shapes or tau."""
+    if z.ndim != 2 or own_key.shape != z.shape or queue.ndim != 2 or queue.shape[1] != z.shape[1]:
+        shapes = [list(x.shape) for x in (z, own_key, queue)]
+        raise ValueError(f"expected shapes [B, D], [B, D] and [K, D], got {shapes}")
     if not tau > 0:
         raise ValueError(f"a temperature must be above 0, got {tau}")
-    with exact_float32(z.device):
-        z = z.float() / tau                                             # [B, D]
-        own = (z * key.float()).sum(1, keepdim=True)                    # [B, 1]
-        return torch.cat([own, z @ queue.float().T], dim=1)             # [B, K+1]
+    # bf16 rounds a cosine near 1 to steps of 0.004: 0.4 of a logit at tau = 0.01, 40 at 1e-4. So
+    # autocast is off here. (TF32 is off for matrix products unless you switch it on: do not.)
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float() / tau                                             # smaller than the logits
+        own = (z * own_key.float()).sum(dim=1, keepdim=True)            # [B, 1]
+        others = z @ queue.float().T                                    # [B, K]
+        return torch.cat([own, others], dim=1)                          # [B, 1+K]
 
 
-def seed_loss(student, teacher, queue, tau_s=0.2, tau_t=0.01, stats=None):
-    """The SEED objective: cross-entropy between the teacher's and the student's ranking of the queue.
+def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
+    """The SEED loss: cross-entropy between the similarity distributions of teacher and student.
 
-        p_t[j] = softmax_j(z_t . d_j / tau_t)      p_s[j] = softmax_j(z_s . d_j / tau_s)      d_j in D+
+        p_t[j] = softmax_j(z_t . d_j / tau_t)         d_0 = z_t,  d_1 ... d_K = the queue
+        p_s[j] = softmax_j(z_s . d_j / tau_s)
         loss   = mean over the batch of  - sum_j p_t[j] log p_s[j]
 
-    Both networks are compared with *teacher* embeddings: the K in the queue and the sample's own z_t.
-    Since z_t . z_t = 1 is the largest score there is, a tiny tau_t makes p_t one-hot at that entry, and
-    the loss turns into `info_nce` with z_t as the positive.  A larger tau_t says more about neighbours.
-    The loss cannot fall under the teacher's entropy H(p_t); KL = loss - H(p_t) is the part that depends on
-    the student.  It does not reach 0 while tau_s > tau_t: cosines over 0.2 are flatter than cosines over 0.01.
-    The gradient by the student's logits is (p_s - p_t) / B.
+    Why are both compared with the same entries? Entry j must mean the same image to both, or the
+    distributions could not be compared. The shared entries also tie the two spaces together: the
+    student must put an image where the teacher's embeddings of similar images are. Hence equal D.
 
-    Args:
-        student: float [B, D], unit rows; the only argument that gets a gradient.
-        teacher: float [B, D], unit rows, of the same views.
-        queue: float [K, D], unit rows, earlier teacher embeddings, *without* this batch's.
-        tau_s, tau_t: temperatures, above 0.
-        stats: a dict to be filled with scalar tensors that diagnose a run: kl and entropy in nats, `own`
-            (the teacher's mean weight on the sample's own entry), `agree` (share of samples for which
-            both rank the same entry first).
-    Returns: scalar float32, whatever autocast is on.
-    Raises: ValueError for shapes that do not fit or a temperature that is not positive.
+    What does tau_t do? z_t . z_t = 1 is the largest similarity there is. As tau_t -> 0, all of p_t
+    moves to that entry, and the loss becomes `info_nce` with z_t as the positive: neighbors count
+    for nothing. As tau_t -> infinity, p_t becomes uniform and says nothing. In between, an image
+    shares its weight with similar ones. Authors' code: 1e-4; a re-implementation: 0.01, as here;
+    CompRess, a similar method: 0.04 for both networks. Try 0.01 to 0.1 and watch `self_prob`.
 
-    >>> z = torch.tensor([[1., 0.]]); queue = torch.tensor([[0., 1.], [-1., 0.]])
-    >>> round(seed_loss(z, z, queue, tau_s=1., tau_t=1.).item(), 4)   # scores 1, 0, -1: p = .665, .245, .090
+    How low does it get? Not to 0. It is at least H(p_t), the entropy of the teacher's distribution;
+    KL = loss - H(p_t) depends on the student, and does not reach 0 either while tau_s > tau_t makes
+    p_s flatter than p_t. At the defaults even a perfect student (z_s = z_t) has a KL of about
+    log(1 + K e^-5 E[e^(5 cos)]), cos being the similarity to a random entry; at K = 65,536 that is
+    6.2 nats. `loss_of_a_copy` in `seed_diagnostics` is what it would score on the batch at hand.
+
+    Args: z_s: float [B, D], the student's embeddings; only they get a gradient, (p_s - p_t) / B by
+        the logits; z_t: float [B, D], the teacher's, of the same views; queue: float [K, D], its
+        earlier embeddings, without this batch's; all rows of length 1; tau_s, tau_t: above 0.
+    Returns: scalar float32, also under autocast. Raises: ValueError as `similarity_logits`.
+
+    >>> z = torch.tensor([[1., 0.]])
+    >>> queue = torch.tensor([[0., 1.], [-1., 0.]])                 # similarities to z: 1, 0, -1
+    >>> round(seed_loss(z, z, queue, tau_s=1., tau_t=1.).item(), 4)    # p_t = p_s: .665, .245, .090
     0.8324
-    >>> round(seed_loss(-z, z, queue, tau_s=1., tau_t=1.).item(), 3)   # the student ranks them backwards
+    >>> round(seed_loss(-z, z, queue, tau_s=1., tau_t=1.).item(), 3)   # p_s: .090, .245, .665
     1.983
     """
-    teacher, queue = teacher.detach(), queue.detach()
-    p_t = ranking_logits(teacher, teacher, queue, tau_t).softmax(1)       # [B, K+1]
-    log_p_s = ranking_logits(student, teacher, queue, tau_s).log_softmax(1)  # [B, K+1]
-    loss = -(p_t * log_p_s).sum(1).mean()
-    if stats is not None:
-        entropy = torch.special.entr(p_t).sum(1).mean()
-        agree = (p_t.argmax(1) == log_p_s.argmax(1)).float().mean()
-        stats.update(kl=loss.detach() - entropy, entropy=entropy, own=p_t[:, 0].mean(), agree=agree)
-    return loss
+    z_t = z_t.detach()
+    queue = queue.detach()
+    p_t = similarity_logits(z_t, z_t, queue, tau_t).softmax(dim=1)             # [B, 1+K]
+    log_p_s = similarity_logits(z_s, z_t, queue, tau_s).log_softmax(dim=1)     # [B, 1+K]
+    return -(p_t * log_p_s).sum(dim=1).mean()
 
 
-def info_nce(query, key, queue, tau=0.2, stats=None):
-    """MoCo's contrastive loss, which is `seed_loss` in the limit tau_t -> 0: the own key is the right answer.
+def info_nce(query, key, queue, tau=0.2):
+    """MoCo's contrastive loss, the limit of `seed_loss` as tau_t -> 0: find your own key.
 
-    Args: query, key: float [B, D], unit rows, two views of the same pictures; queue: float [K, D], unit rows,
-        keys of other pictures; tau: temperature above 0 (MoCo-v2: 0.2); stats: a dict to be filled with
-        `agree`, the share of queries closest to their own key.  Only `query` gets a gradient.
-    Returns: scalar float32.  Raises: ValueError as `seed_loss`.
-    """
-    logits = ranking_logits(query, key.detach(), queue.detach(), tau)     # [B, K+1]
-    if stats is not None:
-        stats.update(agree=(logits.argmax(1) == 0).float().mean())
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+    Args: query, key: float [B, D], from two views of the same images; only `query` gets a gradient;
+        queue: float [K, D], keys of other images; all rows of length 1; tau: above 0.
+    Returns: scalar float32. Raises: ValueError as `similarity_logits`."""
+    logits = similarity_logits(query, key.detach(), queue.detach(), tau)       # [B, 1+K]
+    own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)     # [B]
+    return F.cross_entropy(logits, own)
 
 
-# ------------------------------------------------------------------------------------------- 2. the queue
-def world_size():
-    """Number of processes that train together; 1 where there is no process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+@torch.no_grad()
+def seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
+    """What tells whether a run is all right: a dict of scalar tensors. Arguments as `seed_loss`.
+
+    kl: loss - entropy, in nats: the part that depends on the student.
+    entropy: H(p_t) in nats; p_t is spread over about e^entropy entries.
+    loss_of_a_copy: the loss of a student that equals its teacher; a yardstick, no strict bound.
+    self_prob: p_t's weight on the image's own entry; near 1, it is contrastive learning.
+    top1_agreement: share of images for which both networks find the same entry most similar."""
+    p_t = similarity_logits(z_t, z_t, queue, tau_t).softmax(dim=1)             # [B, 1+K]
+    p_s = similarity_logits(z_s, z_t, queue, tau_s).softmax(dim=1)             # [B, 1+K]
+    entropy = torch.special.entr(p_t).sum(dim=1).mean()
+    return {
+        "kl": seed_loss(z_s, z_t, queue, tau_s, tau_t) - entropy,
+        "entropy": entropy,
+        "loss_of_a_copy": seed_loss(z_t, z_t, queue, tau_s, tau_t),
+        "self_prob": p_t[:, 0].mean(),
+        "top1_agreement": (p_t.argmax(dim=1) == p_s.argmax(dim=1)).float().mean(),
+    }
 
 
-def gather(x):
-    """The global batch [R*B, ...] from each rank's [B, ...], in the order one process would have had it.
+# ------------------------------------------------------------------------------------ 2. the queue
+def rank_and_world_size():
+    """Number of this process, and R, the number of processes; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    Rank r holds samples r, r+R, r+2R, ...; so the parts are interleaved, not chained.  No gradient flows.
-    Every rank must bring the same shape.
-    """
-    if world_size() == 1:
+
+@torch.no_grad()
+def concat_all_gather(x):
+    """x [B, ...] of each process -> [R*B, ...], without gradient. Process r holds images r, r+R,
+    ... of the global batch, so the parts are interleaved: in the order of a single process."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
         return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    parts = [torch.empty_like(x.contiguous()) for _ in range(world_size)]
     dist.all_gather(parts, x.contiguous())
     return torch.stack(parts, dim=1).flatten(0, 1)                      # [B, R, ...] -> [R*B, ...]
 
 
 class FeatureQueue(nn.Module):
-    """The last `size` embeddings, first in first out: the points of reference of the ranking (paper: K = 65,536).
+    """The last `size` embeddings, first in, first out (paper: K = 65,536).
 
-    Starts as random unit vectors from torch's global generator (seed all ranks alike), which real embeddings
-    have displaced after K/(R*B) steps; until then the task is easier than it will be, so the loss may *rise*.
-    Lives in buffers: it moves with `.to()` and is saved by `state_dict()`.
+    Why embeddings of the teacher? It is frozen, so an entry never goes stale, and the queue may be
+    long. The student's own would be those of an earlier, worse student. (MoCo, which has no frozen
+    network, needs its slowly moving key encoder for that reason.)
 
-    Attributes: features: float32 [size, dim], unit rows; seen: int64 scalar, embeddings ever enqueued.
-    Raises: ValueError for a size or dim below 1, or an embedding of another width.
-    """
+    Why does it start with random unit vectors? The first step needs K entries. Random ones are far
+    from every image (zeros would be equally similar to all). Real embeddings replace them within
+    K/(R*B) steps and are harder to tell apart, so the loss may *rise* until the queue is filled.
+
+    Buffers: features: float32 [size, dim], rows of length 1; seen: int64, embeddings ever enqueued.
+    Raises: ValueError for a size or dim below 1 and for embeddings of another width."""
 
     def __init__(self, size, dim):
         super().__init__()
         if size < 1 or dim < 1:
-            raise ValueError(f"a queue needs size and dim of at least 1, got {size} and {dim}")
-        self.register_buffer("features", F.normalize(torch.randn(size, dim), dim=1))  # [K, D]
+            raise ValueError(f"a queue needs a size and dim of at least 1, got {size} and {dim}")
+        self.register_buffer("features", F.normalize(torch.randn(size, dim), dim=1))      # [K, D]
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def enqueue(self, z):
-        """Put z [B, D] of all ranks in the place of the oldest entries; any B, also above `size`."""
+        """Replace the oldest entries by z [B, D] of all processes; any B, also above K."""
         size, dim = self.features.shape
         if z.ndim != 2 or z.shape[1] != dim:
             raise ValueError(f"the queue holds embeddings [B, {dim}], got {list(z.shape)}")
-        z = gather(z.detach().float())                                  # [R*B, D]
-        slots = (self.seen + torch.arange(len(z), device=z.device)) % size  # [R*B]; wraps around
-        self.features[slots[-size:]] = z[-size:]                        # of more than K only the last K stay
+        z = concat_all_gather(z.float())                                # [R*B, D]
+        slots = (self.seen + torch.arange(len(z), device=z.device)) % size     # [R*B], wraps around
+        self.features[slots[-size:]] = z[-size:]                        # of more than K, the last K
         self.seen += len(z)
 
     @property
-    def fill(self):
-        """Share of entries that are real embeddings: scalar tensor in [0, 1]."""
+    def filled(self):
+        """Share of entries that are real embeddings by now: scalar tensor in [0, 1]."""
         return (self.seen / len(self.features)).clamp(max=1)
 
 
-# ---------------------------------------------------------------------------------------- 3. the encoders
+# ---------------------------------------------------------------------------------- 3. the methods
+# SEED, the baseline that it beats, and the upper bound: three modules, one training step for all:
+#
+#     targets = method.targets(views, labels)        what to match; no gradient
+#     outputs = method(views)                        what the trained network says
+#     loss = method.loss(outputs, targets)
+#     optimizer.zero_grad()
+#     loss.backward()
+#     optimizer.step()
+#     method.after_step(targets)                     only now the queue moves on
+#
+# views: a list of `views_per_image` tensors [B, 3, S, S]; labels: int64 [B], or None.
+# `method.diagnostics(outputs, targets)` gives scalars for the log; call it before `after_step`.
+class SEED(nn.Module):
+    """Self-supervised distillation: the student learns the teacher's similarity distributions.
+
+    Args: student: the network to train; teacher: a trained one (see `load_teacher`), frozen here.
+            Either may be any module with an attribute `dim` (D) that turns a view [B, 3, S, S] into
+            embeddings [B, D], rows of length 1; such as `TinyNetwork` at the end of this file.
+        queue_size: K; tau_s, tau_t: the temperatures, see `seed_loss`.
+    Raises: ValueError if `dim` is missing or not the same for both, and, from the first `loss`, for
+        embeddings of another shape or length."""
+    views_per_image = 1                                                 # both networks see the same
+
+    def __init__(self, student, teacher, queue_size=65536, tau_s=0.2, tau_t=0.01):
+        super().__init__()
+        dim_s, dim_t = [getattr(network, "dim", "missing") for network in (student, teacher)]
+        if dim_s != dim_t or dim_s == "missing":
+            raise ValueError(f"student.dim is {dim_s} and teacher.dim is {dim_t}; dim must be the "
+                             "width of the embeddings, the same for both")
+        self.student = student
+        self.teacher = teacher.requires_grad_(False)
+        self.queue = FeatureQueue(queue_size, teacher.dim)
+        self.tau_s = tau_s
+        self.tau_t = tau_t
+        self.checked = False
+        self.train()
+
+    def train(self, mode=True):
+        """Put the student in training mode; the teacher stays in evaluation mode.
+
+        Otherwise its batch norm would drift with our data. In evaluation mode an embedding depends
+        on its own view alone: nothing leaks from the batch, and MoCo's shuffling is not needed."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def targets(self, views, labels=None):
+        """The teacher's embeddings z_t of the view, [B, D]; labels are not looked at."""
+        return self.teacher(views[0])
+
+    def forward(self, views):
+        """The student's embeddings z_s of the same view, [B, D]."""
+        return self.student(views[0])
+
+    def loss(self, z_s, z_t):
+        """The SEED loss of the batch against the queue as it is: scalar float32."""
+        if not self.checked:
+            check_embeddings("student", z_s, self.student.dim)
+            check_embeddings("teacher", z_t, self.teacher.dim)
+            self.checked = True
+        return seed_loss(z_s, z_t, self.queue.features, self.tau_s, self.tau_t)
+
+    def diagnostics(self, z_s, z_t):
+        """See `seed_diagnostics`; and how far the queue is filled."""
+        values = seed_diagnostics(z_s, z_t, self.queue.features, self.tau_s, self.tau_t)
+        return {**values, "queue_filled": self.queue.filled}
+
+    def after_step(self, z_t):
+        """Enqueue z_t. Before `loss`, z_t would be among the entries twice; between `loss` and
+        `backward`, the entries from which the gradient is computed would change."""
+        self.queue.enqueue(z_t)
+
+
+def check_embeddings(name, z, dim):
+    """Raise ValueError unless z is [B, dim] with rows of length 1."""
+    if z.ndim != 2 or z.shape[1] != dim:
+        raise ValueError(f"the {name} must return embeddings [B, {dim}], got {list(z.shape)}")
+    if not ((z.float().norm(dim=1) - 1).abs() < 1e-3).all():
+        raise ValueError(f"the {name}'s embeddings need length 1: return F.normalize(z, dim=1)")
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """A BatchNorm2d that sees `splits` separate parts of a batch, as if each had its own GPU."""
+
+    def __init__(self, bn, splits):
+        # Each part updates the running statistics; together that must count as one step.
+        super().__init__(bn.num_features, bn.eps, 1 - (1 - bn.momentum) ** (1 / splits))
+        self.load_state_dict(bn.state_dict())
+        self.splits = splits
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        return torch.cat([nn.BatchNorm2d.forward(self, part) for part in x.chunk(self.splits)])
+
+
+class MoCo(nn.Module):
+    """MoCo-v2 (He et al.; Chen et al., 2020): the baseline, and a way to a teacher without labels.
+
+    From one view of an image, the encoder learns to recognize the image's key among K earlier keys.
+    A slowly moving copy of it makes the keys, from another view. Batch norm would let it cheat:
+    normalized over the same images, query and key share a fingerprint. So keys are shuffled over
+    the processes, and batch norm works on separate parts of a process's batch.
+
+    Args: encoder: the network to train, as SEED's student; its BatchNorm2d are replaced in place;
+        queue_size: K; momentum: of the key encoder; tau: temperature; bn_splits: parts of a
+        process's batch (MoCo's CIFAR demonstration: 8, in place of 8 GPUs)."""
+    views_per_image = 2
+
+    def __init__(self, encoder, queue_size=65536, momentum=0.999, tau=0.2, bn_splits=8):
+        super().__init__()
+        for name, module in list(encoder.named_modules()):
+            if type(module) is nn.BatchNorm2d:
+                encoder.set_submodule(name, SplitBatchNorm2d(module, bn_splits))
+        self.encoder = encoder
+        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.queue = FeatureQueue(queue_size, encoder.dim)
+        self.momentum = momentum
+        self.tau = tau
+
+    @torch.no_grad()
+    def targets(self, views, labels=None):
+        """Keys [B, D] of the second views, each computed among other images than its query."""
+        rank, world_size = rank_and_world_size()
+        everyone = concat_all_gather(views[1])                          # [R*B, 3, S, S]
+        order = torch.randperm(len(everyone), device=everyone.device)   # [R*B]
+        if world_size > 1:
+            dist.broadcast(order, src=0)
+        keys = self.key_encoder(everyone[order[rank::world_size]])      # [B, D]
+        keys = concat_all_gather(keys)                                  # [R*B, D], shuffled
+        return keys[order.argsort()][rank::world_size]                  # [B, D], in order again
+
+    def forward(self, views):
+        """Queries [B, D] of the first views."""
+        return self.encoder(views[0])
+
+    def loss(self, query, key):
+        """InfoNCE of the batch against the queue as it is: scalar float32."""
+        return info_nce(query, key, self.queue.features, self.tau)
+
+    @torch.no_grad()
+    def diagnostics(self, query, key):
+        """top1_agreement: share of queries most similar to their own key; queue_filled."""
+        logits = similarity_logits(query, key, self.queue.features, self.tau)     # [B, 1+K]
+        agreement = (logits.argmax(dim=1) == 0).float().mean()
+        return {"top1_agreement": agreement, "queue_filled": self.queue.filled}
+
+    @torch.no_grad()
+    def after_step(self, key):
+        """Enqueue the keys, then let the key encoder follow: k <- m k + (1 - m) q."""
+        self.queue.enqueue(key)
+        for k, q in zip(self.key_encoder.parameters(), self.encoder.parameters()):
+            k.lerp_(q, 1 - self.momentum)
+
+
+class Supervised(nn.Module):
+    """Training with labels, the upper bound: softmax over z . w_c / tau, one vector w_c a class.
+
+    The loss goes through the projection head, so a network trained here has a head fit to be
+    distilled; the w_c have length 1, so that angles count, as they do in the queue.
+    Args: encoder: the network to train, as SEED's student; classes: C; tau: temperature."""
+    views_per_image = 1
+
+    def __init__(self, encoder, classes, tau=0.1):
+        super().__init__()
+        self.encoder = encoder
+        self.class_vectors = nn.Parameter(F.normalize(torch.randn(classes, encoder.dim), dim=1))
+        self.tau = tau
+
+    def targets(self, views, labels):
+        """The labels, int64 [B]."""
+        return labels
+
+    def forward(self, views):
+        """Logits of the view, float32 [B, C]."""
+        z = self.encoder(views[0])                                      # [B, D]
+        with torch.autocast(z.device.type, enabled=False):
+            return z.float() @ F.normalize(self.class_vectors, dim=1).T / self.tau
+
+    def loss(self, logits, labels):
+        """Cross-entropy of the batch: scalar float32."""
+        return F.cross_entropy(logits, labels)
+
+    def diagnostics(self, logits, labels):
+        """top1_agreement: accuracy on the batch."""
+        return {"top1_agreement": (logits.argmax(dim=1) == labels).float().mean()}
+
+    def after_step(self, labels):
+        """Nothing but the weights moves."""
+
+
+# ------------------------------------------------------------------------------------- 4. encoders
 class Encoder(nn.Module):
-    """A torchvision classification network with a projection head in the place of its last Linear layer.
+    """A torchvision classification network with a projection head in place of its last Linear.
 
-    Paper: Linear(F, F) - ReLU - Linear(F, 128), then L2 normalisation; F is the width of whatever the last
-    Linear layer took, for MobileNet-V3 the 1280 behind the classifier's hidden layer.  Dropout in front of it stays.
+    The head is the paper's: Linear, ReLU, Linear, then L2 normalization. Its input and its hidden
+    layer are as wide as the input of the layer that it replaces: 512 for a ResNet-18, 1280 (behind
+    the classifier's hidden layer) for MobileNet-V3-Large.
 
-    Args:
-        arch: a torchvision classification network by name ("mobilenet_v3_large", "resnet18", ...).
-        dim: D, width of the embedding; None: no head at all, the embedding is the normalised features.
-        hidden_dim: width of the head's hidden layer; None: F (the paper's); 0: a single Linear.
-        small_images: open the stem for pictures of 32-64 px: the first convolution with stride 1; where it is
-            7x7 (ResNets, DenseNets), a 3x3 in its place and no max-pool, as usual on CIFAR.
-        image_size: side of the pictures in pixels; the network is tried at this size once, without arithmetic.
-    Raises: InputError for an unknown name (with the nearest known ones) and for networks that do not fit:
-        no final Linear, several outputs, another fixed image size, no stem to open.
-    """
+    Args: arch: name of a torchvision classification network, such as "mobilenet_v3_large".
+        dim: D, width of the embeddings; None: no head, the embedding is the normalized features.
+        hidden_dim: width of the head's hidden layer; None: that of the features; 0: no such layer.
+        small_images: keep the resolution at first, see `adapt_stem_for_small_images`.
+        image_size: S, side of the views in pixels, which the network must accept.
+    Attributes: feature_dim: width of the features; provenance: a line on how it was trained;
+        used_labels: whether labels took part, None if unknown.
+    Raises: InputError for an unknown name, or a network that cannot be an encoder at this size."""
 
     def __init__(self, arch, dim=128, hidden_dim=None, small_images=False, image_size=224):
         super().__init__()
-        self.arch, self.small_images = arch, small_images
-        self.backbone = build_network(arch)
+        self.arch = arch
+        self.small_images = small_images
+        self.provenance = f"{arch}, random weights"
+        self.used_labels = False
+        known = torchvision.models.list_models(module=torchvision.models)
+        if arch not in known:
+            near = difflib.get_close_matches(str(arch), known, n=3, cutoff=0)
+            raise InputError(f"unknown network '{arch}'; did you mean {', '.join(near)}?")
+        self.backbone = torchvision.models.get_model(arch, weights=None)
         linears = [name for name, m in self.backbone.named_modules() if isinstance(m, nn.Linear)]
         if not linears:
-            raise InputError(f"{arch} has no Linear layer that a projection head could replace; choose another network")
-        self.head_name = linears[-1]                                    # "fc", "classifier.3", "heads.head", ...
-        self.width = self.backbone.get_submodule(self.head_name).in_features
-        self.backbone.set_submodule(self.head_name, nn.Identity())
+            raise InputError(f"{arch} has no Linear layer to replace; choose another network")
+        self.last_layer = linears[-1]                                   # "fc", "classifier.3", ...
+        self.feature_dim = self.backbone.get_submodule(self.last_layer).in_features
+        self.backbone.set_submodule(self.last_layer, nn.Identity())
         if small_images:
-            open_stem(self.backbone, arch)
-        self.try_size(image_size)
+            adapt_stem_for_small_images(self.backbone, arch)
+        self.check_image_size(image_size)
         self.set_head(dim, hidden_dim)
 
     def set_head(self, dim, hidden_dim=None):
-        """Put a new projection head in place; see the class for the two widths."""
-        self.dim, self.hidden_dim = self.width if dim is None else dim, hidden_dim
+        """Put a new projection head in place; for the widths see the class."""
+        self.dim = dim or self.feature_dim
+        self.hidden_dim = hidden_dim
+        hidden = hidden_dim or self.feature_dim
         if dim is None:
             self.head = nn.Identity()
         elif hidden_dim == 0:
-            self.head = nn.Linear(self.width, dim)
+            self.head = nn.Linear(self.feature_dim, dim)
         else:
-            hidden = hidden_dim or self.width
-            self.head = nn.Sequential(nn.Linear(self.width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+            self.head = nn.Sequential(nn.Linear(self.feature_dim, hidden), nn.ReLU(inplace=True),
+                                      nn.Linear(hidden, dim))
 
-    def try_size(self, image_size):
-        """One pass on the meta device: shapes alone, no arithmetic; refuses what would fail in the first step."""
+    def check_image_size(self, image_size):
+        """Remember the size; InputError unless images of it pass (tried without arithmetic)."""
         self.image_size = image_size
-        copied = copy.deepcopy(self.backbone).to("meta").train()
+        on_meta = copy.deepcopy(self.backbone).to("meta").train()
+        problem = "it returns more than one vector an image"
         try:
-            out = copied(torch.empty(2, 3, image_size, image_size, device="meta"))
-            fits = getattr(out, "shape", None) == (2, self.width)
-            problem = None if fits else "it returns more than one vector a picture"
-        except Exception as e:
+            out = on_meta(torch.empty(2, 3, image_size, image_size, device="meta"))
+            if getattr(out, "shape", None) == (2, self.feature_dim):
+                return
+        except Exception as e:                                          # whatever a network raises
             problem = str(e).split("\n")[0]
-        if problem:
-            raise InputError(f"{self.arch} cannot be an encoder at {image_size} px: {problem}; "
-                             "choose another network or image size")
-
-    @property
-    def options(self):
-        """The arguments that build this encoder again."""
-        dim = None if isinstance(self.head, nn.Identity) else self.dim
-        return dict(arch=self.arch, dim=dim, hidden_dim=self.hidden_dim,
-                    small_images=self.small_images, image_size=self.image_size)
+        raise InputError(f"{self.arch} cannot be an encoder at {image_size} px: {problem}; choose "
+                         "another network or image size")
 
     def features(self, x):
-        """x float [B, 3, S, S], normalised -> backbone features [B, F]: what kNN and linear probes look at."""
-        return self.backbone(x)                                         # [B, F]
+        """x float [B, 3, S, S], normalized -> [B, feature_dim], for kNN and linear probes."""
+        return self.backbone(x)
 
     def forward(self, x):
-        """x float [B, 3, S, S], normalised -> embedding z, float32 [B, D], unit rows."""
-        return F.normalize(self.head(self.features(x)).float(), dim=1)  # [B, D]
+        """x float [B, 3, S, S], normalized -> embeddings z, float32 [B, D], rows of length 1."""
+        return F.normalize(self.head(self.features(x)).float(), dim=1)
 
 
-def build_network(arch):
-    """The torchvision network of that name with random weights; InputError if there is none."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if arch not in known:
-        near = difflib.get_close_matches(str(arch), known, n=3, cutoff=0.4)
-        raise InputError(f"unknown network '{arch}'" + (f"; did you mean {', '.join(near)}?" if near else
-                         "; torchvision's classification networks are known by name, e.g. mobilenet_v3_large"))
-    with warnings.catch_warnings():                                     # two old networks warn about their init
-        warnings.simplefilter("ignore")
-        return torchvision.models.get_model(arch, weights=None)
-
-
-def open_stem(net, arch):
-    """Keep the resolution of small pictures: ImageNet stems would shrink 32 px to 8 before the first block."""
-    name, conv = next((name, m) for name, m in net.named_modules() if isinstance(m, nn.Conv2d))
+def adapt_stem_for_small_images(backbone, arch):
+    """Give the first convolution stride 1; a 7x7 becomes a 3x3, and loses the max-pool behind it.
+    Usual on CIFAR: ImageNet's first layers would shrink 32 px to 8 before the first block."""
+    name, conv = next((n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
     if conv.stride != (2, 2):
-        raise InputError(f"{arch} has no stem to open for small images (its first convolution has stride "
-                         f"{conv.stride[0]}); leave small_images off")
+        raise InputError(f"{arch} cannot be adapted to small images: the stride of its first "
+                         f"convolution is {conv.stride[0]}, not 2; leave small_images off")
+    conv.stride = (1, 1)
     if conv.kernel_size == (7, 7):
-        net.set_submodule(name, nn.Conv2d(3, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None))
-        pool = next(name for name, m in net.named_modules() if isinstance(m, nn.MaxPool2d))
-        net.set_submodule(pool, nn.Identity())
-    else:
-        conv.stride = (1, 1)
+        bias = conv.bias is not None
+        backbone.set_submodule(name, nn.Conv2d(3, conv.out_channels, 3, padding=1, bias=bias))
+        pool = next(n for n, m in backbone.named_modules() if isinstance(m, nn.MaxPool2d))
+        backbone.set_submodule(pool, nn.Identity())
 
 
-def save_encoder(path, encoder, made, labels_seen):
-    """Write what a user takes away: architecture, weights under torchvision's own key names, head beside them.
-
-    `made` is one line on how the encoder was trained, `labels_seen` whether labels took part; both travel along.
-    Written aside and renamed, so that a reader never meets half a file.
-    """
-    weights = lambda module: {key: value.cpu().contiguous() for key, value in module.state_dict().items()}
-    file = dict(format="seed-encoder", **encoder.options, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                made=made, labels_seen=labels_seen, backbone=weights(encoder.backbone), head=weights(encoder.head))
-    torch.save(file, f"{path}.tmp")
+# ---------------------------------------------------------------------------------- 5. checkpoints
+# With strict=False a teacher may stay random without a word. Here each key finds its place and each
+# place its key, or it is an error. Files are read with weights_only=True: they cannot run code.
+def save_file(path, content):
+    """torch.save into PATH.tmp, then rename: a kill at any moment leaves a whole file."""
+    torch.save(content, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
-# ----------------------------------------------------------------------------------------- 4. the teachers
+def save_encoder(path, encoder, provenance, used_labels):
+    """Write what a user takes away: the backbone under torchvision's key names, and the head.
+
+    Args: path: of the file; encoder: Encoder; provenance, used_labels: as Encoder's attributes."""
+    file = dict(format="seed-encoder", provenance=provenance, used_labels=used_labels,
+                dim=None if isinstance(encoder.head, nn.Identity) else encoder.dim,
+                mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    for name in ("arch", "hidden_dim", "small_images", "image_size"):
+        file[name] = getattr(encoder, name)
+    for part in ("backbone", "head"):
+        weights = getattr(encoder, part).state_dict()
+        file[part] = {name: value.cpu().contiguous() for name, value in weights.items()}
+    save_file(path, file)
+
+
 def load_teacher(path_or_url, arch=None):
-    """A frozen Encoder from a checkpoint: every key finds its place and every place its key, or it is an error.
+    """A trained Encoder from a checkpoint, frozen, in evaluation mode.
 
-    Peers load with strict=False and may distil a randomly initialised teacher without a word.  Known formats:
-    this project's encoder.pt; MoCo (v1, v2) with its own head; a plain torchvision state dict, whose last layer
-    scores classes and is dropped: without a head, the normalised features are the embedding (D = F).
+    Known are this project's encoder.pt; MoCo (v1, v2) with its projection head; torchvision's
+    weights, whose last layer scores classes and is dropped: the embedding is the features.
 
-    Args: path_or_url: a file, or an http(s) address (kept in torch's hub folder); arch: the network's name,
-        needed where the file does not say it.
-    Returns: Encoder in eval mode, no parameter asks for a gradient; `.made` says in a line what it is,
-        `.labels_seen` is True, False, or None where the file does not say.
-    Raises: InputError for a missing, corrupt or unknown file, another architecture, keys that do not match.
-    Files are read with weights_only=True: a checkpoint cannot run code.
-    """
+    Args: path_or_url: a file, or an http(s) address (kept in torch's hub folder); arch: name of the
+        network, needed where the file does not say it.
+    Returns: Encoder; its `provenance` says what it is, `used_labels` is None if the file does not.
+    Raises: InputError for a file that is missing, broken, unknown, or does not fit the network."""
     file = read_checkpoint(path_or_url)
     if arch and file.get("arch") not in (None, arch):
         raise InputError(f"{path_or_url} holds a {file['arch']}, not a {arch}")
     arch = arch or file.get("arch")
     if arch is None:
-        raise InputError(f"{path_or_url} does not name its network; do: --teacher-arch (probe.py: --arch)")
-
+        raise InputError(f"{path_or_url} does not say which network it is; name it, say resnet50")
     if file.get("format") == "seed-encoder":
-        teacher = Encoder(arch, file["dim"], file["hidden_dim"], file["small_images"], file["image_size"])
-        weights = {f"backbone.{key}": value for key, value in file["backbone"].items()}
-        weights |= {f"head.{key}": value for key, value in file["head"].items()}
-        prefix, head, dropped = "backbone.", "head.", ()
-        made, labels_seen = file["made"], file["labels_seen"]
+        teacher, weights = from_our_file(file, path_or_url)
     else:
-        teacher, weights = Encoder(arch, dim=None), file.get("state_dict", file.get("model", file))
-        prefix, head, dropped, made, labels_seen = published_layout(teacher, weights, path_or_url)
-
-    expected = copy_weights(teacher.backbone, weights, prefix, path_or_url)
-    used = expected | copy_weights(teacher.head, weights, head, path_or_url)
-    strange = [key for key in weights if key not in used and not key.startswith(dropped)]
-    if strange:
-        raise InputError(f"{path_or_url} holds more than a {arch}: {len(strange)} keys have no place in it, "
-                         f"such as {strange[0]}")
-    teacher.made = f"{arch}, {made}, matched {len(expected)}/{len(expected)} backbone keys"
-    teacher.labels_seen = labels_seen
+        teacher = Encoder(arch, dim=None)
+        weights = from_published(file, path_or_url, teacher)
+    load_strictly(teacher, weights, path_or_url)
+    matched = sum(name.startswith("backbone.") for name in weights)
+    teacher.provenance = f"{arch}, {teacher.provenance}, matched {matched}/{matched} backbone keys"
     return teacher.eval().requires_grad_(False)
 
 
-def published_layout(teacher, weights, place):
-    """How others lay out their keys: prefix of the backbone, prefix of the head, keys to drop, a word on what it is,
-    labels seen.  Gives `teacher` a head where the file has one."""
-    if not any(key.startswith("module.encoder_q.") for key in weights):         # torchvision's own names
-        prefix = "module." if all(key.startswith("module.") for key in weights) else ""
-        last_layer = f"{prefix}{teacher.head_name}."
-        return prefix, "", (f"{last_layer}weight", f"{last_layer}bias"), "torchvision weights, no projection head", None
-    prefix = "module.encoder_q."                                                # MoCo: its head replaced the last layer
-    head = f"{prefix}{teacher.head_name}."
-    hidden, last = weights.get(f"{head}0.weight"), weights.get(f"{head}2.weight", weights.get(f"{head}weight"))
-    if last is None:
-        raise InputError(f"{place}: MoCo's projection head is missing (no {head}2.weight)")
-    teacher.set_head(len(last), 0 if hidden is None else len(hidden))
-    return prefix, head, ("module.encoder_k.", "module.queue"), "MoCo checkpoint", False
+def from_our_file(file, path):
+    """An Encoder as in a file by `save_encoder`, and its weights."""
+    try:
+        teacher = Encoder(file["arch"], file["dim"], file["hidden_dim"], file["small_images"],
+                          file["image_size"])
+        weights = {f"backbone.{name}": value for name, value in file["backbone"].items()}
+        weights.update({f"head.{name}": value for name, value in file["head"].items()})
+    except KeyError as missing:
+        raise InputError(f"{path} is not a whole encoder.pt (no {missing}); make it anew") from None
+    teacher.provenance = file.get("provenance", file.get("made"))       # the first version's names
+    teacher.used_labels = file.get("used_labels", file.get("labels_seen"))
+    return teacher, weights
+
+
+def from_published(file, path, teacher):
+    """Weights of MoCo or torchvision under an Encoder's names; `teacher` gets the head they have.
+    MoCo's key encoder and queue are left out; what else has no place keeps its name."""
+    published = file.get("state_dict", file.get("model", file))
+    if not isinstance(published, dict) or not all(isinstance(key, str) for key in published):
+        raise InputError(f"{path} is not a checkpoint: expected a dict of weights")
+    is_moco = any(key.startswith("module.encoder_q.") for key in published)
+    prefix = "module." if all(key.startswith("module.") for key in published) else ""
+    prefix = "module.encoder_q." if is_moco else prefix
+    last_layer = f"{prefix}{teacher.last_layer}."                       # in MoCo: its head
+    weights = {}
+    for key, value in published.items():
+        if key.startswith(last_layer):
+            weights[f"head.{key.removeprefix(last_layer)}"] = value
+        elif key.startswith(prefix):
+            weights[f"backbone.{key.removeprefix(prefix)}"] = value
+        elif not key.startswith(("module.encoder_k.", "module.queue")):
+            weights[key] = value
+    if is_moco:
+        last = weights.get("head.2.weight", weights.get("head.weight"))
+        if last is None:
+            raise InputError(f"{path}: MoCo's projection head is missing (no {last_layer}2.weight)")
+        teacher.set_head(len(last), len(weights.get("head.0.weight", [])))
+        teacher.provenance = "MoCo checkpoint"
+    else:
+        weights.pop("head.weight", None)                                # scores of classes
+        weights.pop("head.bias", None)
+        teacher.provenance = "torchvision weights, no projection head"
+        teacher.used_labels = None
+    return weights
+
+
+def load_strictly(encoder, weights, path):
+    """Fill `encoder` from `weights`; InputError unless all keys and shapes match."""
+    own = encoder.state_dict()
+    problems = []
+    for name in {**own, **weights}:
+        if name not in own:
+            problems.append(f"{name} has no place in it")
+        elif name not in weights and not name.endswith("num_batches_tracked"):     # old: has none
+            problems.append(f"{name} is missing")
+        elif name in weights and getattr(weights[name], "shape", None) != own[name].shape:
+            shape = list(getattr(weights[name], "shape", ["no tensor"]))
+            problems.append(f"{name} is {shape}, expected {list(own[name].shape)}")
+        elif name in weights and not torch.isfinite(weights[name]).all():
+            problems.append(f"{name} has numbers that are not finite")
+    if problems:
+        starts = sorted({".".join(name.split(".")[:3]) for name in weights})[:5]
+        raise InputError(f"{path} does not fit a {encoder.arch}: {'; '.join(problems[:3])}; "
+                         f"{len(problems)} such keys; its keys start with {', '.join(starts)}")
+    encoder.load_state_dict({**own, **weights})
 
 
 def read_checkpoint(path_or_url):
-    """The dict in a file or behind an address; InputError in one line if there is none."""
-    place = str(path_or_url)
+    """The dict in a file or behind an address; InputError if there is none."""
+    path = str(path_or_url)
     try:
-        if place.startswith(("http://", "https://")):                   # two addresses may end in the same file name
-            name = f"{hashlib.sha256(place.encode()).hexdigest()[:8]}-{os.path.basename(place)}"
-            file = torch.hub.load_state_dict_from_url(place, map_location="cpu", weights_only=True, file_name=name)
+        if path.startswith(("http://", "https://")):        # addresses may share their last part
+            name = f"{hashlib.sha256(path.encode()).hexdigest()[:8]}-{os.path.basename(path)}"
+            file = torch.hub.load_state_dict_from_url(path, map_location="cpu", weights_only=True,
+                                                      file_name=name)
         else:
-            file = torch.load(place, map_location="cpu", weights_only=True)
+            file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"no such file: {place}") from None
-    except Exception as e:                                              # a broken zip, code in the pickle, no network
-        raise InputError(f"cannot read {place}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
-    parts = [file] if isinstance(file, dict) else [None]
-    parts += [parts[0][name] for name in ("state_dict", "model", "backbone", "head") if parts[0] and name in parts[0]]
-    if not all(isinstance(part, dict) and part.keys() <= {str(key) for key in part} for part in parts):
-        raise InputError(f"{place} is not a checkpoint: expected a dict of weights")
-    parts_of_ours = {"arch", "dim", "hidden_dim", "small_images", "image_size", "backbone", "head", "made", "labels_seen"}
-    if file.get("format") == "seed-encoder" and not parts_of_ours <= file.keys():
-        raise InputError(f"{place} is not a whole encoder.pt; make it anew")
+        raise InputError(f"no such file: {path}") from None
+    except Exception as e:                                  # a broken zip, code inside, no network
+        reason = str(e).split("\n")[0] or type(e).__name__
+        raise InputError(f"cannot read {path}: {reason}") from None
+    if not isinstance(file, dict):
+        raise InputError(f"{path} is not a checkpoint: expected a dict of weights")
     return file
 
 
-def copy_weights(module, weights, prefix, place):
-    """Fill all of `module` from `weights[prefix + name]`; returns the keys it used, raises InputError at a gap."""
-    own = module.state_dict()
-    found = {name: weights[prefix + name] for name in own if isinstance(weights.get(prefix + name), torch.Tensor)}
-    there = lambda name: list(found[name].shape) if name in found else "missing"
-    wrong = [f"{prefix}{name} is {there(name)}, expected {list(value.shape)}"
-             for name, value in own.items() if not name.endswith("num_batches_tracked")    # old files have none
-             and (name not in found or found[name].shape != value.shape)]
-    if wrong:
-        starts = sorted({".".join(key.split(".")[:2]) for key in weights})
-        raise InputError(f"{place}: {len(own) - len(wrong)} of {len(own)} keys match; {'; '.join(wrong[:3])}; "
-                         f"the file's keys start with {', '.join(starts[:5])}")
-    broken = [name for name, value in found.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise InputError(f"{place}: {prefix}{broken[0]} holds numbers that are not finite; the file is of no use")
-    own.update(found)                                                   # in place: a state dict carries its version
-    module.load_state_dict(own)
-    return {prefix + name for name in found}
+# ---------------------------------------------------------------------------------------- 6. views
+# Randomness is an argument. All that is random about a view is a row of U numbers, computed from
+# (seed, epoch, sample, view) and not drawn from a generator. So a view depends on these four alone,
+# not on workers, processes, or where a run was interrupted; and `augment` is a pure function.
+AREA = slice(0, 10)                                                     # ten tries, see `crop_box`
+RATIO = slice(10, 20)
+TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA = range(20, 31)
+UNIFORMS = 31                                                           # U
+
+FLIP_P, JITTER_P, GRAY_P, BLUR_P = 0.5, 0.8, 0.2, 0.5                   # MoCo-v2's, which SEED uses
+JITTER_STRENGTH, HUE_STRENGTH = 0.4, 0.1
+MIN_SIGMA, MAX_SIGMA, BLUR_RADIUS = 0.1, 2.0, 6                         # pixels
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-# -------------------------------------------------------------------------------------------- 5. the views
-# Randomness is an argument.  All chance in a view is a row of uniform numbers: a hash of (seed, epoch, index, view),
-# and not drawn from a generator.  So a view depends on these four alone, and not on workers, ranks, or where a run
-# was cut; and each operation below is a pure function that can be held against torchvision's.
-AREA, RATIO = slice(0, 10), slice(10, 20)                               # ten tries each, see `crop_box`
-TOP, LEFT, FLIP, JITTER, BRIGHT, CONTRAST, SATURATE, HUE, GREY, BLUR, SIGMA = range(20, 31)
-UNIFORMS = 31
-
-JITTER_P, GREY_P, BLUR_P, FLIP_P = 0.8, 0.2, 0.5, 0.5                   # MoCo-v2's, which SEED takes over
-STRENGTH, HUE_STRENGTH = 0.4, 0.1                                       # brightness, contrast, saturation; hue
-SIGMA_RANGE, BLUR_RADIUS = (0.1, 2.0), 6                                # pixels; three times the largest sigma
-LOG_RATIO = math.log(4 / 3)
+def splitmix64(x):
+    """Mix the bits of uint64 numbers until each looks random (Steele et al., 2014)."""
+    x = x + GOLDEN                                                      # wraps around, as it should
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def uniforms(seed, epoch, index, view=0):
-    """Float32 [B, U] in [0, 1): row b is a hash of (seed, epoch, index[b], view), the same on every machine.
+    """Float32 [B, U] in [0, 1): row b depends on (seed, epoch, index[b], view) and nothing else.
 
-    Args: seed, epoch, view: ints; index: B sample numbers (list, array or tensor of ints).
-    SplitMix64 (Steele et al., 2014): a counter, stepped by the golden ratio and stirred until each bit looks random.
-    """
-    full, golden = 2**64 - 1, 0x9E3779B97F4A7C15
-
-    def stir(x):                                                        # an int, or uint64 [...], which wraps by itself
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & full
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & full
-        return x ^ (x >> 31)
-
-    x = 0
+    Args: seed, epoch, view: ints; index: B sample numbers (list, array or tensor of ints)."""
+    key = np.zeros(1, np.uint64)
     for word in (seed, epoch, view):
-        x = stir((x ^ int(word) & full) + golden & full)
-    x = stir((np.asarray(index, np.int64).reshape(-1).astype(np.uint64) ^ x) + golden)         # [B]
-    x = stir(x[:, None] + np.arange(1, UNIFORMS + 1, dtype=np.uint64) * golden)    # [B, U]
-    return torch.from_numpy((x >> 40).astype(np.float32) * np.float32(2**-24))
+        key = splitmix64(key ^ np.array([word]).astype(np.uint64))
+    key = splitmix64(key ^ np.asarray(index, np.int64).astype(np.uint64).reshape(-1, 1))  # [B, 1]
+    bits = splitmix64(key + np.arange(UNIFORMS, dtype=np.uint64) * GOLDEN)     # [B, U]
+    return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
 
 
 def crop_box(u, height, width, scale=(0.2, 1.0)):
-    """The random resized crop's box, float32 [B, 4] = top, left, height, width in pixels of an H x W picture.
+    """The random resized crop's box, float32 [B, 4] = top, left, height, width in pixels.
 
-    Area uniform in `scale` (share of the picture), log aspect ratio uniform in 3/4 .. 4/3, place uniform.  As in
-    torchvision there are ten tries, of which the first that does not stick out counts; if none does, the largest box of
-    such a shape (there torchvision takes the central one: a departure).  In NumPy, which is quickest for so few numbers.
-    """
-    u = u.cpu().numpy()
-    area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * float(height * width)  # [B, 10]
-    ratio = np.exp((2 * u[:, RATIO] - 1) * LOG_RATIO)                   # [B, 10], width over height
-    h, w = np.sqrt(area / ratio), np.sqrt(area * ratio)                 # [B, 10]
+    As in torchvision: area uniform in `scale` (share of the image), log aspect ratio uniform in
+    3/4 .. 4/3, position uniform; of ten tries the first that fits counts; if none does, the largest
+    box of such a shape. u: [B, U]. (In NumPy, which is quickest for one image in a worker.)"""
+    u = u.numpy()
+    area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * float(height * width)    # [B, 10]
+    ratio = np.exp((2 * u[:, RATIO] - 1) * math.log(4 / 3))             # [B, 10], width / height
+    h = np.sqrt(area / ratio)                                           # [B, 10]
+    w = np.sqrt(area * ratio)                                           # [B, 10]
     fits = (h <= height) & (w <= width)
-    each, first = np.arange(len(u)), fits.argmax(1)                     # [B]; the first is 0 if none fits
-    h = np.where(fits, h, min(height, width * 4 / 3))[each, first]      # [B]
-    w = np.where(fits, w, min(width, height * 4 / 3))[each, first]      # [B]
-    return torch.from_numpy(np.stack([u[:, TOP] * (height - h), u[:, LEFT] * (width - w), h, w], axis=1))  # [B, 4]
-
-
-def separable(images, rows, columns):
-    """rows @ image @ columns^T for each image and channel: resizing and blurring are matrix products.
-    images [B, 3, H, W], rows [B, S, H], columns [B, S, W] -> [B, 3, S, S]."""
-    with exact_float32(images.device):
-        return rows[:, None] @ (images @ columns[:, None].transpose(2, 3))
+    rows = np.arange(len(u))
+    first = fits.argmax(axis=1)                                         # [B], 0 if none fits
+    h = np.where(fits, h, min(height, width * 4 / 3))[rows, first]      # [B]
+    w = np.where(fits, w, min(width, height * 4 / 3))[rows, first]      # [B]
+    box = np.stack([u[:, TOP] * (height - h), u[:, LEFT] * (width - w), h, w], axis=1)    # [B, 4]
+    return torch.from_numpy(box.astype(np.float32))
 
 
 def resize_weights(start, length, source, size):
-    """Bilinear weights with antialiasing, [B, size, source], of a stretch [start, start + length) of pixels."""
-    step = (length / size)[:, None, None]                               # source pixels per target pixel
+    """What each of `source` pixels adds to each of `size` pixels if [start, start + length) of the
+    source is resized, bilinearly with antialiasing. start, length: [B] -> [B, size, source]."""
+    step = (length / size)[:, None, None]                               # source pixels per target
+    first = start[:, None, None]
+    last = first + length[:, None, None]
     target = torch.arange(size, device=start.device)[:, None]           # [size, 1]
     pixel = torch.arange(source, device=start.device)                   # [source]
-    begin, end = start[:, None, None], (start + length)[:, None, None]
-    centre = begin + (target + 0.5) * step                              # [B, size, 1]
-    weight = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp(min=0)   # a triangle, wider when shrinking
-    weight = weight * ((pixel + 1 > begin) & (pixel < end))             # no pixel that lies outside the box
-    return weight / weight.sum(2, keepdim=True)
+    distance = pixel + 0.5 - (first + (target + 0.5) * step)            # [B, size, source]
+    weight = (1 - distance.abs() / step.clamp(min=1)).clamp(min=0)      # wider when shrinking
+    weight = weight * ((pixel + 1 > first) & (pixel < last))            # nothing from outside
+    return weight / weight.sum(dim=2, keepdim=True)
 
 
 def crop_and_resize(images, box, size):
-    """Cut box [B, 4] (see `crop_box`) out of images float [B, 3, H, W]; bilinear, antialiased -> [B, 3, size, size]."""
-    top, left, h, w = box.unbind(1)
-    rows, columns = resize_weights(top, h, images.shape[2], size), resize_weights(left, w, images.shape[3], size)
-    return separable(images, rows, columns)
+    """Cut box [B, 4] (see `crop_box`) out of images float [B, 3, H, W] -> [B, 3, size, size].
+    Resizing is linear in rows and in columns: two matrix products, at once for all images."""
+    top, left, height, width = box.unbind(1)
+    rows = resize_weights(top, height, images.shape[2], size)           # [B, size, H]
+    columns = resize_weights(left, width, images.shape[3], size)        # [B, size, W]
+    return rows[:, None] @ (images @ columns[:, None].mT)
 
 
-def blend_(images, other, factor):
-    """images becomes factor * images + (1 - factor) * other, kept in [0, 1]; factor [B, 1, 1, 1]."""
-    return images.lerp_(other, 1 - factor).clamp_(0, 1)
+def adjust_hue(images, shift):
+    """Turn the color circle by `shift` [B, 1, 1, 1] in -0.5 .. 0.5; images [B, 3, H, W] in [0, 1].
 
-
-def to_grey(images):
-    """Luma of RGB images [B, 3, H, W] -> [B, 1, H, W] (ITU-R 601, rounded as in torchvision)."""
-    r, g, b = images.unbind(1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]
-
-
-def shift_hue(images, turn):
-    """Turn the colour circle by `turn` [B, 1, 1, 1] in -0.5 .. 0.5; images [B, 3, H, W] in [0, 1].
-
-    Through HSV and back in closed form: red, green, blue (n = 5, 3, 1) of a colour with hue h in sixths of the
-    circle, value v and chroma c are v - c * clip(min(k, 4 - k), 0, 1) with k = (n + h) mod 6.
-    """
+    Through HSV and back in one formula: red, green and blue (n = 5, 3, 1) are
+    value - chroma * clip(min(k, 4 - k), 0, 1), k = (n + hue) mod 6, hue in sixths of the circle."""
     r, g, b = images.unbind(1)                                          # [B, H, W] each
     value = images.amax(1)
     chroma = value - images.amin(1)
-    safe = torch.where(chroma > 0, chroma, 1)                           # grey has no hue: any will do
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    n = torch.arange(5, 0, -2, device=images.device)[:, None, None]     # 5, 3, 1
-    k = ((hue + 6 * turn[:, 0])[:, None] + n).remainder_(6)             # [B, 3, H, W]
-    return torch.addcmul(value[:, None], chroma[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
+    divisor = torch.where(chroma > 0, chroma, 1)                        # gray: any hue will do
+    hue = torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
+    hue = torch.where(value == r, (g - b) / divisor, hue) + 6 * shift[:, 0]    # [B, H, W]
+    n = torch.arange(5, 0, -2, device=images.device)[:, None, None]     # [3, 1, 1]
+    k = (n + hue[:, None]) % 6                                          # [B, 3, H, W]
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def gaussian_blur(images, sigma):
-    """Gaussian blur of images [B, 3, H, W] by sigma [B] pixels, mirrored at the border, taps up to BLUR_RADIUS."""
-    taps = torch.exp(-0.5 * (torch.arange(BLUR_RADIUS + 2, device=images.device) / sigma[:, None]) ** 2)  # [B, R+2]
-    taps[:, -1] = 0                                                     # stands for all that is farther away
-
-    def weights(n):
-        i, j = torch.arange(n, device=images.device)[:, None], torch.arange(n, device=images.device)
-        tap = lambda distance: taps[:, distance.abs().clamp(max=BLUR_RADIUS + 1)]  # [B, n, n]
-        weight = tap(i - j)                                             # target i takes pixel j,
-        weight += tap(i + j) * (j > 0)                                  # its mirror image at -j,
-        weight += tap(i + j - 2 * (n - 1)) * (j < n - 1)                # and the one beyond the far edge
-        return weight / weight.sum(2, keepdim=True)
-
-    rows = weights(images.shape[2])
-    return separable(images, rows, rows if images.shape[2] == images.shape[3] else weights(images.shape[3]))
+    """Blur images [B, 3, H, W], sides above 6, by sigma [B] pixels; borders are mirrored."""
+    offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
+    kernel = torch.softmax(-0.5 * (offset / sigma[:, None]) ** 2, dim=1)    # [B, 13], sums to 1
+    kernel = kernel.repeat_interleave(3, dim=0)[:, None]                # [3B, 1, 13], by channel
+    x = F.pad(images, [BLUR_RADIUS] * 4, mode="reflect")                # [B, 3, H+12, W+12]
+    x = x.flatten(0, 1)[None]                                           # [1, 3B, H+12, W+12]
+    x = F.conv2d(x, kernel[:, :, None], groups=len(kernel))             # [1, 3B, H+12, W]
+    x = F.conv2d(x, kernel[:, :, :, None], groups=len(kernel))          # [1, 3B, H, W]
+    return x.view_as(images)
 
 
-@cache
-def mean_and_std(device):
-    """ImageNet's, float32 [1, 3, 1, 1] each; made once a device."""
-    return [torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)]
-
-
-def normalise(images):
-    """images uint8 or float in [0, 1], [B, 3, H, W] -> (x - ImageNet's mean) / its deviation, float32, per channel."""
-    mean, std = mean_and_std(images.device)
-    return (as_float(images) - mean).div_(std)
-
-
-def as_float(images):
+def to_float(images):
     """uint8 0..255 -> float32 0..1; other floats -> float32."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-def to_device(x, device):
-    """The tensor on that device.  On its way to a GPU it passes pinned memory, so that the CPU need not wait."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.contiguous().pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+def normalize(images):
+    """images uint8, or float in [0, 1], [B, 3, H, W] -> float32, (x - mean) / std by channel."""
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1).to(images.device, non_blocking=True)
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1).to(images.device, non_blocking=True)
+    return (to_float(images) - mean) / std
 
 
 @torch.no_grad()
 def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
     """MoCo-v2's random view, which SEED uses too, as a pure function: same numbers, same view.
 
-    Crop and resize, flip, jitter (brightness, contrast, saturation, hue, in this order: torchvision shuffles the
-    four, a departure), grey, blur, normalise; each sample with its own numbers, the batch as one tensor.
+    Crop, flip, jitter (brightness, contrast, saturation, hue), gray, blur; a batch at once.
 
-    Args:
-        images: uint8 [B, 3, H, W], or float in [0, 1], on any device.
-        u: float [B, U] from `uniforms`, best left on the CPU.
-        size: side of the view in pixels; None: as high as the pictures are.
-        scale: the crop's share of the picture (paper: 0.2-1; SwAV teachers 0.14-1); None: the pictures are crops
-            already, and stay as large as they are.
-        blur: whether to blur at all (off for small pictures, as in MoCo's CIFAR recipe).
-    Returns: float32 [B, 3, size, size], normalised by ImageNet's mean and deviation.
-    Raises: ValueError for shapes that do not fit.
-    """
+    Args: images: uint8 [B, 3, H, W], or float in [0, 1], on any device.
+        u: float [B, U] from `uniforms`, on the CPU; size: S, side of the view in pixels, None: H.
+        scale: share of the image that a crop covers (SwAV teachers: 0.14-1); None: the images are
+            crops already and stay as large as they are.
+        blur: whether to blur (off for small images, as in MoCo's CIFAR demonstration).
+    Returns: float32 [B, 3, S, S], normalized. Raises: ValueError for shapes that do not fit."""
     if images.ndim != 4 or images.shape[1] != 3 or u.shape != (len(images), UNIFORMS):
-        raise ValueError(f"expected images [B, 3, H, W] and u [B, {UNIFORMS}], got {[list(x.shape) for x in (images, u)]}")
+        shapes = [list(x.shape) for x in (images, u)]
+        raise ValueError(f"expected images [B, 3, H, W] and u [B, {UNIFORMS}], got {shapes}")
     if scale is None and size not in (None, images.shape[2]):
-        raise ValueError(f"without a crop (scale=None) pictures of {images.shape[2]} px cannot become {size} px")
-    x = as_float(images)
+        raise ValueError(f"without a crop, images of {images.shape[2]} px cannot become {size} px")
+    x = to_float(images)
     if scale is not None:
-        box = to_device(crop_box(u, x.shape[2], x.shape[3], scale), x.device)
-        x = crop_and_resize(x, box, size or x.shape[2])
-    blurred = to_device((u[:, BLUR] < BLUR_P).nonzero()[:, 0], x.device)           # counted on the CPU: no waiting
-    u = to_device(u, x.device)
-    column = lambda i: u[:, i, None, None, None]                        # [B, 1, 1, 1]
-    x = torch.where(column(FLIP) < FLIP_P, x.flip(3), x)
+        box = crop_box(u, x.shape[2], x.shape[3], scale).to(x.device, non_blocking=True)
+        x = crop_and_resize(x, box, size or x.shape[2])                 # [B, 3, S, S]
+    blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(x.device, non_blocking=True)
+    u = u.to(x.device, non_blocking=True)[:, :, None, None, None]       # u[:, FLIP]: [B, 1, 1, 1]
+    x = torch.where(u[:, FLIP] < FLIP_P, x.flip(3), x)
 
-    jitter = (column(JITTER) < JITTER_P).float()                        # off: factor 1 and turn 0, which change nothing
-    factor = lambda i: 1 + jitter * STRENGTH * (2 * column(i) - 1)      # uniform in 0.6 .. 1.4
-    x.mul_(factor(BRIGHT)).clamp_(0, 1)                                 # in place: x is ours since the flip
-    blend_(x, to_grey(x).mean((2, 3), keepdim=True), factor(CONTRAST))
-    blend_(x, to_grey(x), factor(SATURATE))
-    x = shift_hue(x, jitter * HUE_STRENGTH * (2 * column(HUE) - 1))
+    jittered = (u[:, JITTER] < JITTER_P).float()[:, None]               # [B, 1, 1, 1, 1], 0 or 1
+    factor = 1 + JITTER_STRENGTH * jittered * (2 * u - 1)               # 0.6 .. 1.4, or 1
+    x = (x * factor[:, BRIGHTNESS]).clamp_(0, 1)
+    mean_gray = rgb_to_grayscale(x).mean((2, 3), keepdim=True)          # [B, 1, 1, 1]
+    x = torch.lerp(mean_gray, x, factor[:, CONTRAST]).clamp_(0, 1)
+    x = torch.lerp(rgb_to_grayscale(x), x, factor[:, SATURATION]).clamp_(0, 1)
+    x = adjust_hue(x, HUE_STRENGTH * jittered[:, 0] * (2 * u[:, HUE] - 1))
 
-    x = torch.where(column(GREY) < GREY_P, to_grey(x), x)
+    x = torch.where(u[:, GRAY] < GRAY_P, rgb_to_grayscale(x), x)
     if blur and len(blurred):
-        sigma = SIGMA_RANGE[0] + u[blurred, SIGMA] * (SIGMA_RANGE[1] - SIGMA_RANGE[0])
+        sigma = MIN_SIGMA + (MAX_SIGMA - MIN_SIGMA) * u[blurred, SIGMA].flatten()
         x[blurred] = gaussian_blur(x[blurred], sigma)
-    return normalise(x)
+    return normalize(x)
 
 
-# ------------------------------------------------------------------------------------------ 6. the methods
-# SEED, the baseline it beats and the upper bound, with the same two calls:
-#     loss, stats = method(views, labels)      the queue and the key encoder stay as they are
-#     method.finish_step()                     after backward and the optimiser's step: now they move on
-# `views_needed` says how many views of a picture a method asks for; `encoder` is the network it trains.
-class SEED(nn.Module):
-    """Self-supervised distillation: the student ranks the queue as the frozen teacher does.
+# ------------------------------------------------------------------------------------------- a toy
+class TinyNetwork(nn.Module):
+    """All that SEED asks of a network of your own: `dim`, and embeddings of length 1."""
 
-    Args: student: an Encoder to train; teacher: an Encoder of the same D, from `load_teacher`; queue_size: K;
-        tau_s, tau_t: temperatures (see `seed_loss`).
-    Raises: InputError where the two embeddings differ in width.
-    """
-    views_needed = 1
-
-    def __init__(self, student, teacher, queue_size=65536, tau_s=0.2, tau_t=0.01):
+    def __init__(self, hidden, inputs=32, dim=16):
         super().__init__()
-        if student.dim != teacher.dim:
-            raise InputError(f"the student embeds in {student.dim} numbers, the teacher in {teacher.dim}; "
-                             f"give the student --dim {teacher.dim}")
-        self.encoder, self.teacher = student, teacher.requires_grad_(False)
-        self.tau_s, self.tau_t = tau_s, tau_t
-        self.queue = FeatureQueue(queue_size, teacher.dim)
-        self.train()
-
-    def train(self, mode=True):
-        """Switch the student alone: in train mode the teacher's batch norm would drift with our data."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def forward(self, views, labels=None, teacher_z=None):
-        """views: a list of one float [B, 3, S, S], seen by *both* networks; labels are not looked at;
-        teacher_z: float [B, D], the teacher's embeddings of this view if they are known already.
-        Returns the scalar loss and a dict of scalar diagnostics."""
-        if teacher_z is None:
-            with torch.no_grad():
-                teacher_z = self.teacher(views[0])                      # [B, D]
-        student_z = self.encoder(views[0])                              # [B, D]
-        self.latest, stats = teacher_z, {}
-        loss = seed_loss(student_z, teacher_z, self.queue.features, self.tau_s, self.tau_t, stats)
-        return loss, stats | {"fill": self.queue.fill}
-
-    def finish_step(self):
-        """Enqueue the teacher's embeddings.  Not earlier: backward still needs the queue as it was."""
-        self.queue.enqueue(self.latest)
-
-
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that sees a batch as `splits` separate ones, as that many GPUs would."""
-    splits = 1
+        self.dim = dim
+        self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
     def forward(self, x):
-        if not self.training or self.splits == 1:
-            return super().forward(x)
-        return torch.cat([super(SplitBatchNorm2d, self).forward(part) for part in x.chunk(self.splits)])
+        return F.normalize(self.layers(x), dim=1)                       # [B, inputs] -> [B, dim]
 
 
-class MoCo(nn.Module):
-    """MoCo-v2 (He et al., Chen et al., 2020): the baseline SEED is compared with, and a teacher without labels.
-
-    Two views of a picture; the query encoder is trained to recognise its own key among K earlier keys, which a
-    slow-moving copy of it (momentum m) has made.  Batch norm would let it cheat: query and key normalised over
-    the same pictures share a fingerprint.  So keys are shuffled over the ranks, and within a rank batch norm
-    works on `bn_splits` separate parts (MoCo's CIFAR demonstration: 8 parts, in the place of 8 GPUs).
-
-    Args: encoder: an Encoder to train (batch norm layers become SplitBatchNorm2d); queue_size: K; momentum: m;
-        tau: temperature; bn_splits: parts that a rank's batch is split into; 1 with one rank leaves the leak open.
-    """
-    views_needed = 2
-
-    def __init__(self, encoder, queue_size=65536, momentum=0.999, tau=0.2, bn_splits=8):
-        super().__init__()
-        for module in encoder.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__, module.splits = SplitBatchNorm2d, bn_splits      # same weights, same key names
-                module.momentum = 1 - (1 - module.momentum) ** (1 / bn_splits)     # a step counts once, not once a part
-        self.encoder, self.key_encoder = encoder, copy.deepcopy(encoder).requires_grad_(False)
-        self.momentum, self.tau = momentum, tau
-        self.queue = FeatureQueue(queue_size, encoder.dim)
-
-    @torch.no_grad()
-    def embed_keys(self, x):
-        """x float [B, 3, S, S] -> keys [B, D], each computed among other neighbours than its query was."""
-        rank, ranks = (dist.get_rank() if dist.is_initialized() else 0), world_size()
-        everyone = gather(x)                                            # [R*B, 3, S, S]
-        order = torch.randperm(len(everyone), device=x.device)
-        if ranks > 1:
-            dist.broadcast(order, src=0)
-        keys = gather(self.key_encoder(everyone[order[rank::ranks]]))   # [R*B, D], in the shuffled order
-        return keys[order.argsort()][rank::ranks]                       # [B, D], in the order of x
-
-    def forward(self, views, labels=None):
-        """views: a list of two float [B, 3, S, S]; labels are not looked at.  Returns the loss and diagnostics."""
-        query = self.encoder(views[0])                                  # [B, D]
-        self.latest, stats = self.embed_keys(views[1]), {}
-        loss = info_nce(query, self.latest, self.queue.features, self.tau, stats)
-        return loss, stats | {"fill": self.queue.fill}
-
-    @torch.no_grad()
-    def finish_step(self):
-        """Enqueue the keys, then let the key encoder follow: k <- m k + (1 - m) q."""
-        self.queue.enqueue(self.latest)
-        for key, query in zip(self.key_encoder.parameters(), self.encoder.parameters()):
-            key.lerp_(query, 1 - self.momentum)
-
-
-class Supervised(nn.Module):
-    """Training with labels, the upper bound: cosine classifier on the embedding, softmax(z . w_c / tau).
-
-    It goes *through* the projection head, so that the head of a network trained here is fit to be distilled; and
-    unit class vectors w_c give its embeddings the geometry that the queue compares: angles.
-    Args: encoder: an Encoder to train; classes: how many labels there are; tau: temperature.
-    """
-    views_needed = 1
-
-    def __init__(self, encoder, classes, tau=0.1):
-        super().__init__()
-        self.encoder, self.tau = encoder, tau
-        self.class_vectors = nn.Parameter(F.normalize(torch.randn(classes, encoder.dim), dim=1))  # [C, D]
-
-    def forward(self, views, labels):
-        """views: a list of one float [B, 3, S, S]; labels: int64 [B].  Returns the loss and diagnostics."""
-        z = self.encoder(views[0])                                      # [B, D]
-        with exact_float32(z.device):
-            logits = z @ F.normalize(self.class_vectors, dim=1).T / self.tau  # [B, C]
-        return F.cross_entropy(logits, labels), {"agree": (logits.argmax(1) == labels).float().mean()}
-
-    def finish_step(self):
-        """Nothing moves but the weights."""
-
-
-# ------------------------------------------------------------------------------------------------- a toy
 def toy():
-    """Distil one random linear map into another, in a second, and say what to look at."""
+    """Distil a random network into a smaller one, on noisy copies of 20 points."""
     torch.manual_seed(0)
-    B, D, K, pixels = 64, 16, 256, 32
-    unit = lambda x: F.normalize(x, dim=1)
-    teacher, student = torch.randn(pixels, D), torch.randn(pixels, D, requires_grad=True)
-    queue, optimiser = FeatureQueue(K, D), torch.optim.SGD([student], lr=2.0)
-    print(f"{B} samples a step, {D} numbers each, a queue of {K}: a guess costs log(K+1) = {math.log(K + 1):.2f} nats\n")
-    print("step   loss  = teacher's entropy + KL     own entry   agree   queue filled")
+    points = torch.randn(20, 32)
+    teacher = TinyNetwork(hidden=256)
+    student = TinyNetwork(hidden=64)
+    method = SEED(student, teacher, queue_size=1024)                    # default temperatures
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5, momentum=0.9)
+    print("step   loss  loss of a copy     KL  entropy  self prob  top-1 agreement  queue filled")
     for step in range(301):
-        x, stats = torch.randn(B, pixels), {}
-        loss = seed_loss(unit(x @ student), unit(x @ teacher), queue.features, tau_t=0.2, stats=stats)
-        optimiser.zero_grad()
+        views = [points[torch.randint(20, (128,))] + 0.3 * torch.randn(128, 32)]
+        z_t = method.targets(views)
+        z_s = method(views)
+        loss = method.loss(z_s, z_t)
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if step in (0, 3, 10, 30, 100, 300):
-            s = {name: value.item() for name, value in stats.items()}
-            print(f"{step:4d}  {loss:5.2f}  = {s['entropy']:6.2f}            + {s['kl']:5.2f}    {s['own']:6.2f}   "
-                  f"{s['agree']:5.0%}   {queue.fill:6.0%}")
-        queue.enqueue(unit(x @ teacher))
-    print("\nThe loss stops at the teacher's entropy, not at 0; KL is the student's part (it nears 0 since tau_s = tau_t).\n"
-          "`own` is the weight that the teacher gives to the sample itself: the rest is what it says about neighbours.")
+            log = {name: value.item() for name, value in method.diagnostics(z_s, z_t).items()}
+            print(f"{step:4d}  {loss:5.2f}  {log['loss_of_a_copy']:14.2f}  {log['kl']:5.2f}  "
+                  f"{log['entropy']:7.2f}  {log['self_prob']:9.2f}  {log['top1_agreement']:15.0%}  "
+                  f"{log['queue_filled']:12.0%}")
+        method.after_step(z_t)
+    print("\nThe loss does not go to 0 but to that of a copy of the teacher: `seed_loss` says why.")
 
 
 if __name__ == "__main__":

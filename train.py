@@ -1,491 +1,398 @@
 """Train a small network by SEED; or by MoCo-v2 or with labels, to compare.
 
-    torchrun train.py --arch mobilenet_v3_large                      # built-in shapes, no network, a laptop will do
+    torchrun train.py --arch mobilenet_v3_large                      # built-in shapes, any laptop
     python train.py --arch mobilenet_v3_large                        # the same without torchrun
-    torchrun train.py --dataset cifar10 --arch mobilenet_v3_large    # one GPU; makes a MoCo-v2 teacher first
-    torchrun --nproc_per_node=8 train.py --dataset imagenet --data /imagenet --arch mobilenet_v3_large \\
-        --teacher moco_v2_800ep_pretrain.pth.tar                     # eight GPUs, the paper's setting
+    torchrun train.py --dataset cifar10 --arch mobilenet_v3_large    # makes a MoCo-v2 teacher first
+    torchrun --nproc_per_node=8 train.py --dataset imagenet --data /imagenet \\
+        --arch mobilenet_v3_large --teacher moco_v2_800ep_pretrain.pth.tar      # eight GPUs
 
-A run leaves a folder: encoder.pt (what you take away), last.pt (the same command again resumes from it), log.csv,
-args.json, results.json, views.png, neighbours.png.  Batch sizes are global: the same command sees the same batches on
-any number of processes.
-
-Read on: recipes and flags; the process group; batches; the loop (`Trainer.step`, `train`); what is kept on disk
-(`TeacherCache`, `RunFolder`); the benchmark; the stages (`main`).
+A run leaves a folder: encoder.pt (what you take away), last.pt (the same command again resumes from
+it), log.csv, args.json, results.json, views.png, neighbors.png. Batch sizes are over all processes:
+the same command sees the same batches on any number of them.
 """
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import math
 import os
-import shlex
 import shutil
-import statistics
 import sys
 import tempfile
 import textwrap
 import time
-from contextlib import contextmanager
-from datetime import timedelta
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
-from probe import (DATASETS, SMALL, Crops, Parser, evaluate, load_data, pick_device, report, save_neighbours, save_views,
-                   with_labels)
-from seed import (SEED, Encoder, InputError, MoCo, Supervised, augment, info_nce, load_teacher, read_checkpoint,
-                  save_encoder, seed_loss, to_device, uniforms)
+from probe import (DATASETS, SMALL, Parser, RandomCrops, evaluate, init_distributed,
+                   is_main_process, label_use, load_data, main_process_first, one_line, print0,
+                   print_table, save_views)
+from seed import (SEED, Encoder, InputError, MoCo, Supervised, augment, load_teacher,
+                  rank_and_world_size, read_checkpoint, save_encoder, save_file, uniforms)
 
-PUBLISHED = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
-NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
-LOG_EVERY = 10                                  # steps between two rows of log.csv
-KNN_SUBSET, EVAL_SUBSET = 10_000, 50_000        # pictures of a split used for kNN on the way, and for the table
+PUBLISHED_TEACHER = ("https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/"
+                     "moco_v2_800ep_pretrain.pth.tar")
+METHOD_NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
+LOG_EVERY = 10                  # steps from one row of log.csv to the next
+KNN_LIMIT = 10_000              # images of a split that kNN looks at during training
 
-# ---------------------------------------------------------------------------------------- recipes and flags
-# What suits a data set, then what a method changes in it; most entries have a flag, which overrides them.  ImageNet's are
-# the paper's.  `lr` is the rate at batch 256 and grows with the batch.  tau_s is MoCo's temperature too.
-PAPER = dict(image_size=224, small_images=False, crop_scale=(0.2, 1.0), blur=True, dim=128, hidden_dim=None,
-             epochs=200, warmup_epochs=5, batch_size=256, lr=0.03, weight_decay=1e-4,
-             queue_size=65536, tau_s=0.2, tau_t=0.01, key_momentum=0.999, eval_every=10,
-             teacher_arch="resnet50", teacher_method="moco", teacher_epochs=200, view_epochs=None)
-TINY = PAPER | dict(image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, queue_size=2048,
-                    eval_every=5, teacher_arch="resnet18", teacher_epochs=12)
+# ------------------------------------------------------------------------------- recipes and flags
+# What suits a data set, and under a method's name what that method changes. Flags override both.
+# ImageNet's settings are the paper's. `lr` is for a batch of 256, and scaled with the batch.
+PAPER = dict(
+    image_size=224, small_images=False, crop_scale=(0.2, 1.0), blur=True, dim=128, hidden_dim=None,
+    epochs=200, warmup_epochs=5, batch_size=256, lr=0.03, weight_decay=1e-4, queue_size=65536,
+    tau_s=0.2, tau_t=0.01, key_momentum=0.999, eval_every=10, teacher_arch="resnet50",
+    teacher_method="moco", teacher_epochs=200, view_epochs=None)
+SMALL_IMAGES = {**PAPER, **dict(
+    image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, lr=0.1, queue_size=2048,
+    eval_every=5, teacher_arch="resnet18", teacher_epochs=12)}
 RECIPES = {
-    "imagenet": dict(common=PAPER),                                             # and folders of more than 64 px
-    "shapes": dict(common=TINY | dict(epochs=14, teacher_epochs=8, teacher_method="supervised"),
-                   seed=dict(lr=0.4, tau_t=0.05), moco=dict(lr=0.06, queue_size=256, key_momentum=0.99),
-                   supervised=dict(lr=0.1)),
-    "folder": dict(common=TINY, seed=dict(lr=0.1, tau_t=0.05), moco=dict(lr=0.06, key_momentum=0.99),
-                   supervised=dict(lr=0.1)),
-    "cifar": dict(common=TINY | dict(small_images=True, epochs=200, warmup_epochs=5, batch_size=256, queue_size=4096,
-                                     eval_every=20, teacher_epochs=200),
-                  seed=dict(lr=0.2), moco=dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1),
-                  supervised=dict(lr=0.1, weight_decay=5e-4)),
+    "shapes": {
+        **SMALL_IMAGES, **dict(epochs=14, teacher_epochs=8, teacher_method="supervised"),
+        "seed": dict(lr=0.4, tau_t=0.05),
+        "moco": dict(lr=0.06, queue_size=256, key_momentum=0.99)},
+    "cifar": {
+        **SMALL_IMAGES, **dict(small_images=True, epochs=200, warmup_epochs=5, batch_size=256,
+                               queue_size=4096, eval_every=20, teacher_epochs=200),
+        "seed": dict(lr=0.2),
+        "moco": dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1),
+        "supervised": dict(weight_decay=5e-4)},
+    "folder, to 64 px": {
+        **SMALL_IMAGES,
+        "seed": dict(tau_t=0.05),
+        "moco": dict(lr=0.06, key_momentum=0.99)},
+    "imagenet, folder": PAPER,
 }
-# Flags that hold for --method alone, not for its teacher and rivals; and flags that may change before a run resumes.
-OF_THE_METHOD = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim", "view_epochs")
-MAY_CHANGE = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps", "compare", "compile",
-              "teacher_cache", "benchmark")
+# Flags of --method alone, not of its teacher and rivals; flags that may change before a run goes
+# on; numbers that may be 0.
+OF_THE_METHOD = "lr weight_decay queue_size tau_s tau_t dim hidden_dim view_epochs".split()
+MAY_CHANGE = ("workers device data out teacher eval_every max_steps compare compile teacher_cache "
+              "profile").split()
+MAY_BE_ZERO = "weight_decay warmup_epochs hidden_dim workers eval_every seed".split()
 
 
-def parse_flags(argv=None):
+def parse_args(argv=None):
     """The flags as given; None where the recipe decides."""
-    parser = Parser(description=__doc__, epilog="Where no default is shown, the data set's recipe decides.")
+    parser = Parser(description=__doc__, epilog=recipe_table())
     flag = parser.add_argument_group("what to train").add_argument
-    flag("--method", choices=tuple(NAMES), default="seed",
-         help="seed distils; moco is the baseline and makes teachers without labels; supervised is the upper bound")
+    flag("--method", choices=tuple(METHOD_NAMES), default="seed",
+         help="seed distils; moco is the baseline and makes teachers; supervised uses the labels")
     flag("--arch", default="mobilenet_v3_large", help="a torchvision classification network")
     flag("--dim", type=int, help="width of the embedding; a student takes its teacher's")
-    flag("--hidden-dim", type=int, help="hidden width of the projection head; 0: no hidden layer; as wide as the features "
-         "if not given; 2048 did better for ResNet-18 on ImageNet")
+    flag("--hidden-dim", type=int, help="hidden width of the head; 0: none; default: the features'")
     flag("--small-images", action=argparse.BooleanOptionalAction,
-         help="keep the stem's resolution, for 32-64 px: much better and much slower, so give it a GPU")
-
+         help="full resolution in the first layers, for 32-64 px: better and far slower; use a GPU")
     flag = parser.add_argument_group("the teacher").add_argument
-    flag("--teacher", metavar="PATH_OR_URL", help="a checkpoint; without it one is trained first, on the same data")
-    flag("--teacher-arch", help="its network where the file does not say; or the network to train")
-    flag("--teacher-method", choices=("moco", "supervised"), help="how to train it; supervised looks at labels")
-    flag("--teacher-epochs", type=int, help="how long to train it; a better teacher makes a better student")
-    flag("--teacher-cache", metavar="DIR", help="keep the teacher's embeddings of all views there, for the next student "
-         "(SEED alone); on ImageNet 0.66 GB an epoch of views")
-    flag("--view-epochs", type=int, metavar="E", help="views of E epochs, over and over: a small cache, less variety")
-
+    flag("--teacher", metavar="PATH_OR_URL", help="a checkpoint; without one, it is trained first")
+    flag("--teacher-arch", help="its network, where the file does not say; or the one to train")
+    flag("--teacher-method", choices=("moco", "supervised"), help="how to train it")
+    flag("--teacher-epochs", type=int, help="how long; a better teacher makes a better student")
+    flag("--teacher-cache", metavar="DIR", help="keep its embeddings, for the next student")
+    flag("--view-epochs", type=int, metavar="E", help="repeat the views of E epochs: a small cache")
     flag = parser.add_argument_group("the data").add_argument
-    flag("--dataset", choices=DATASETS, default="shapes", help="shapes is drawn in code; folder: any pictures")
-    flag("--data", default="data", metavar="DIR", help="where the pictures are; CIFAR is downloaded there")
-    flag("--image-size", type=int, help=f"side of a view in pixels; up to {SMALL} the data set is kept in memory")
-    flag("--subset", type=int, metavar="N", help="train on N pictures, chosen by the seed")
-    flag("--workers", type=int, help="processes that read pictures from disk; raise it if the run waits for data")
-
-    flag = parser.add_argument_group("the optimisation").add_argument
+    flag("--dataset", choices=DATASETS, default="shapes", help="shapes: drawn; folder: any images")
+    flag("--data", default="data", metavar="DIR", help="where the images are; CIFAR is downloaded")
+    flag("--image-size", type=int, help=f"side of a view; up to {SMALL} px, data stay in memory")
+    flag("--subset", type=int, metavar="N", help="train on N images, chosen by the seed")
+    flag("--workers", type=int, help="processes that read from disk; raise it if the run waits")
+    flag = parser.add_argument_group("the optimization").add_argument
     flag("--epochs", type=int, help="passes over the data; small networks gain from more")
-    flag("--max-steps", type=int, help="stop each stage after so many steps; the schedule stays that of the whole run")
-    flag("--batch-size", type=int, help="pictures a step, over all processes")
-    flag("--lr", type=float, help="learning rate at batch 256; scaled by batch/256")
-    flag("--weight-decay", type=float, help="on everything, as in the paper")
-    flag("--warmup-epochs", type=float, help="epochs of linear warm-up; raise it if the loss explodes early")
-    flag("--queue-size", type=int, metavar="K", help="entries to rank; about 5%% of the data does; capped at its size")
+    flag("--max-steps", type=int, help="end each stage after so many; the schedule stays the same")
+    flag("--batch-size", type=int, help="images a step, over all processes")
+    flag("--lr", type=float, help="learning rate for a batch of 256; scaled by batch/256")
+    flag("--weight-decay", type=float, help="on all weights, as in the paper")
+    flag("--warmup-epochs", type=float, help="of linear warm-up; raise it if the loss explodes")
+    flag("--queue-size", type=int, metavar="K", help="about 5%% of the data does; at most all")
     flag("--tau-s", type=float, help="the student's temperature, and MoCo's")
-    flag("--tau-t", type=float, help="the teacher's; lower: more like contrastive learning; higher: neighbours count")
+    flag("--tau-t", type=float, help="the teacher's; higher: neighbors count more")
     flag("--seed", type=int, default=0, help="of weights, views, order and subset")
-
     flag = parser.add_argument_group("the run").add_argument
-    flag("--out", metavar="DIR", help="the run's folder; runs/DATASET-METHOD-ARCH if not given")
+    flag("--out", metavar="DIR", help="its folder; default: runs/DATASET-METHOD-ARCH")
     flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-         help="of the networks; auto: bf16 on a GPU that has it, else fp16; on a CPU fp32, but bf16 for the teacher of "
-         "pictures above 32 px where there are matrix units for it; the loss is float32 always")
-    flag("--compile", action="store_true", help="torch.compile the networks; pays off in long runs")
+         help="of the networks; auto: bf16 or fp16 on a GPU, fp32 on a CPU (a teacher may be bf16)")
+    flag("--compile", action="store_true", help="torch.compile the networks; pays in long runs")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
-    flag("--eval-every", type=int, help="epochs between two looks at kNN; 0: none")
-    flag("--benchmark", action="store_true", help="train nothing: measure where a step's time goes, and print "
-         "a table; without --teacher a random one is timed")
-    flag("--compare", action="store_true", help="also train the same student by MoCo-v2 and with labels, for the table")
+    flag("--eval-every", type=int, help="epochs from one kNN evaluation to the next; 0: none")
+    flag("--compare", action="store_true", help="train the same student by the other methods, too")
+    flag("--profile", action="store_true", help="only time some steps, in parts")
     return parser.parse_args(argv)
 
 
-def resolve(args, method, **changes):
-    """All settings of one stage: the data set's recipe, the method's entries, the flags, the stage's own changes."""
-    name = "cifar" if args.dataset.startswith("cifar") else args.dataset
-    if name == "folder" and (args.image_size or 224) > SMALL:
-        name = "imagenet"
-    recipe = RECIPES[name]["common"] | RECIPES[name].get(method, {})
-    flags = {key: value for key, value in vars(args).items() if method == args.method or key not in OF_THE_METHOD}
-    given = {key: value for key, value in flags.items() if value is not None}
-    s = SimpleNamespace(**(flags | recipe | given | dict(method=method) | changes))
-    for key in ("epochs", "teacher_epochs", "batch_size", "image_size", "queue_size", "dim", "subset", "max_steps",
-                "view_epochs", "lr", "tau_s", "tau_t"):
-        if getattr(s, key) is not None and not 0 < getattr(s, key) < math.inf:
-            raise InputError(f"--{key.replace('_', '-')} must be above 0, got {getattr(s, key)}")
-    for key in ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed"):
-        if getattr(s, key) is not None and not 0 <= getattr(s, key) < math.inf:
-            raise InputError(f"--{key.replace('_', '-')} must not be negative, got {getattr(s, key)}")
+def recipe_table():
+    """The defaults that depend on the data set, as text."""
+    lines = ["defaults by data set, for --method seed:",
+             f"  {'':16s}" + "".join(f"{name:>18s}" for name in RECIPES)]
+    for key in PAPER:
+        values = [recipe.get("seed", {}).get(key, recipe[key]) for recipe in RECIPES.values()]
+        lines.append(f"  {key:16s}" + "".join(f"{str(value):>18s}" for value in values))
+    return "\n".join(lines)
+
+
+def make_config(args, method, **changes):
+    """All settings of one stage: recipe, what the method changes in it, flags, `changes`."""
+    recipe = "cifar" if args.dataset.startswith("cifar") else args.dataset
+    if recipe in ("imagenet", "folder"):
+        small = recipe == "folder" and (args.image_size or 224) <= SMALL
+        recipe = "folder, to 64 px" if small else "imagenet, folder"
+    settings = {**vars(args), **{key: RECIPES[recipe][key] for key in PAPER}}
+    settings.update(RECIPES[recipe].get(method, {}))
+    for key, value in vars(args).items():
+        if value is not None and (method == args.method or key not in OF_THE_METHOD):
+            settings[key] = value
+    cfg = argparse.Namespace(**{**settings, "method": method, **changes})
+    for key, value in vars(cfg).items():
+        is_number = type(value) in (int, float)
+        if is_number and not 0 < value < math.inf and (value != 0 or key not in MAY_BE_ZERO):
+            raise InputError(f"--{key.replace('_', '-')} must be above 0, got {value}")
     if args.teacher_cache and args.method != "seed":
         raise InputError("--teacher-cache is for --method seed; the others have no teacher")
-    s.warmup_epochs = min(s.warmup_epochs, s.epochs / 2)
-    s.out = s.out or f"runs/{s.dataset}-{s.method}-{s.arch}"
-    if s.workers is None:
-        s.workers = min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return s
+    cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 2)
+    cfg.out = cfg.out or f"runs/{cfg.dataset}-{cfg.method}-{cfg.arch}"
+    if cfg.workers is None:
+        cfg.workers = min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return cfg
 
 
-def identity(s, data):
-    """What makes a run this run and no other: its settings and a hash of its data; plain values, as JSON keeps them."""
-    return json.loads(json.dumps({k: v for k, v in vars(s).items() if k not in MAY_CHANGE} | {"pictures": data.key}))
+# ----------------------------------------------------------------------------------------- batches
+@dataclass
+class Batch:
+    """What one step of one process looks at."""
+    views: list                 # float [B, 3, S, S] each, on the device
+    labels: torch.Tensor        # int64 [B], or None
+    epoch: int                  # whose views they are
+    samples: np.ndarray         # int64 [B], the images' numbers
+    wait: float                 # seconds that it took to make
 
 
-# ---------------------------------------------------------------------------------------- the process group
-def join_team(device):
-    """This process's rank, the number of ranks, and its device; torchrun says so in the environment."""
-    env = lambda name, default: int(os.environ.get(name, default))
-    rank, ranks, local = env("RANK", 0), env("WORLD_SIZE", 1), env("LOCAL_RANK", 0)
-    device, gpus = pick_device(device), torch.cuda.device_count()
-    if ranks != env("LOCAL_WORLD_SIZE", 1):
-        raise InputError("several machines are not supported; start torchrun on one, with --nproc_per_node")
-    if ranks > 1 and device.type == "mps":
-        raise InputError("several processes need GPUs of NVIDIA's or --device cpu")
-    if device.type == "cuda":
-        if ranks > gpus:
-            raise InputError(f"{ranks} processes but {gpus} GPUs; lower --nproc_per_node")
-        if ranks == 1 and gpus > 1:
-            print(f"note: {gpus - 1} GPUs stand idle; torchrun --nproc_per_node={gpus} {shlex.join(sys.argv)}")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True                                   # try out which convolution is fastest
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),
-                                device_id=device if device.type == "cuda" else None)
-    return SimpleNamespace(rank=rank, ranks=ranks, device=device)
+@functools.lru_cache(maxsize=1)
+def epoch_order(seed, epoch, num_images):
+    """The order in which an epoch shows the images, int64 [N]."""
+    return np.random.default_rng((seed, epoch)).permutation(num_images)
 
 
-def is_first():
-    """Whether this is the process that prints and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+def samples_of_step(step, num_images, cfg, rank=0, world_size=1):
+    """What a step shows: the epoch of the views, and the numbers of this process's images [B].
+
+    Process r takes images r, r+R, ... of the global batch, so any number of processes sees the same
+    batches. With --view-epochs E epoch e has the views of epoch e mod E, in an order of its own."""
+    epoch, step_in_epoch = divmod(step, num_images // cfg.batch_size)
+    first = step_in_epoch * cfg.batch_size
+    batch = epoch_order(cfg.seed, epoch, num_images)[first:first + cfg.batch_size]
+    return epoch % (cfg.view_epochs or cfg.epochs), batch[rank::world_size]
 
 
-def say(*words):
-    """Print, once and not from every rank."""
-    if is_first():
-        print(*words, flush=True)
+def read_images(split, cfg, device, num_views, steps):
+    """For each step: epoch, image numbers [B], and for each view uint8 [B, 3, H, W] on the device.
+
+    Decoded images lie on the device, and a batch is an index; from disk, workers send crops."""
+    planned = (samples_of_step(step, len(split), cfg, *rank_and_world_size()) for step in steps)
+    if split.pixels is not None:
+        pixels = split.pixels.to(device)
+        for epoch, samples in planned:
+            index = torch.from_numpy(samples).to(device, non_blocking=True)
+            yield epoch, samples, [pixels[index]] * num_views
+        return
+    items = ([(epoch, int(sample)) for sample in samples] for epoch, samples in planned)
+    crops = RandomCrops(split.files, cfg.image_size, num_views, cfg.seed, cfg.crop_scale)
+    loader = DataLoader(crops, batch_sampler=items, num_workers=cfg.workers,
+                        pin_memory=device.type == "cuda")
+    for images, epoch, samples in loader:                       # images: uint8 [B, V, 3, S, S]
+        yield int(epoch[0]), samples.numpy(), images.to(device, non_blocking=True).unbind(1)
 
 
-@contextmanager
-def rank_zero_first():
-    """Rank 0 runs the block before the others do: what it downloads or writes, they find."""
-    if dist.is_initialized() and not is_first():
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if dist.is_initialized() and is_first():
-            dist.barrier()
+def batches(split, cfg, device, num_views, steps):
+    """A Batch for each step. All that follows the crop happens on the device, a batch at once."""
+    scale = None if split.pixels is None else cfg.crop_scale    # crops from disk are cut already
+    images = read_images(split, cfg, device, num_views, steps)
+    for _ in steps:
+        start = time.perf_counter()
+        with record_function("reading"):
+            epoch, samples, sources = next(images)
+        views = []
+        with record_function("augmentation"):
+            for view, source in enumerate(sources):
+                u = uniforms(cfg.seed, epoch, samples, view)
+                x = augment(source, u, cfg.image_size, scale, cfg.blur)
+                views.append(x.contiguous(memory_format=torch.channels_last))
+        labels = split.labels
+        if labels is not None:
+            labels = labels[samples].to(device, non_blocking=True)
+        yield Batch(views, labels, epoch, samples, time.perf_counter() - start)
 
 
-def autocast_dtype(s, device, frozen=False):
-    """The dtype networks compute in.  On a CPU with matrix units for bf16 a frozen network, which only goes forward, is
-    about twice as fast in it, unless its layers are as small as 32 px make them; small networks in training are slower."""
-    if s.precision != "auto":
-        return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[s.precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    units = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
-    return torch.bfloat16 if frozen and units and (s.image_size > 32 or s.small_images) else torch.float32
-
-
-# --------------------------------------------------------------------------------------------- the batches
-def plan(n, s, team, steps):
-    """(view epoch, this rank's picture numbers) for each step.  An epoch's order follows from (seed, epoch); of each
-    global batch rank r of R takes every R-th picture from r on, so any number of ranks sees the same batches.  With
-    --view-epochs E the views of epoch e are those of e mod E; the order is always e's own."""
-    per_epoch, ordered = n // s.batch_size, None
-    for step in steps:
-        epoch, k = divmod(step, per_epoch)
-        if ordered != epoch:
-            order, ordered = np.random.default_rng((s.seed, epoch)).permutation(n), epoch
-        mine = order[k * s.batch_size:(k + 1) * s.batch_size][team.rank::team.ranks]
-        yield epoch % s.view_epochs if s.view_epochs else epoch, mine
-
-
-def read(train, s, team, count, steps):
-    """For each step: view epoch, picture numbers int64 [B], and for each of `count` views what it is made from, uint8
-    [B, 3, H, W] on the device; decoded pictures lie there, and a batch is an index.  From disk, workers send crops."""
-    planned = plan(len(train), s, team, steps)
-    if train.pixels is not None:
-        pixels = train.pixels.to(team.device)
-        for epoch, index in planned:
-            yield epoch, index, [pixels[to_device(torch.from_numpy(index), team.device)]] * count
-    else:
-        asked = ([(epoch, int(i)) for i in index] for epoch, index in planned)
-        loader = DataLoader(Crops(train.files, s.image_size, count, s.seed, s.crop_scale), batch_sampler=asked,
-                            num_workers=s.workers, pin_memory=team.device.type == "cuda")
-        for crops, epoch, index in loader:
-            yield int(epoch[0]), index.numpy(), to_device(crops, team.device).unbind(1)
-
-
-def make_views(train, s, epoch, index, sources):
-    """A list of float [B, 3, S, S] out of what `read` gives: all that follows the crop happens on the device."""
-    scale = s.crop_scale if train.pixels is not None else None                  # crops from disk are cut out already
-    views = [augment(source, uniforms(s.seed, epoch, index, view), s.image_size, scale, s.blur)
-             for view, source in enumerate(sources)]
-    return [view.contiguous(memory_format=torch.channels_last) for view in views]
-
-
-def batches(train, s, team, count, steps):
-    """For each step, on the device: `count` views, a list of float [B, 3, S, S]; labels, int64 [B] or None; and which
-    views they are: view epoch and picture numbers."""
-    for epoch, index, sources in read(train, s, team, count, steps):
-        labels = None if train.labels is None else to_device(train.labels[index], team.device)
-        yield make_views(train, s, epoch, index, sources), labels, (epoch, index)
-
-
-# ------------------------------------------------------------------------------------------------ the loop
-def build(s, data, teacher, team):
-    """The method with its networks, on the device; every rank builds the same weights."""
-    torch.manual_seed(s.seed)
-    encoder = Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size)
-    if s.method == "seed":
-        method = SEED(encoder, teacher, s.queue_size, s.tau_s, s.tau_t)
-    elif s.method == "moco":
-        parts = max(1, min(8, s.batch_size // team.ranks // 32))                # batch norm over about 32, as on 8 GPUs
-        method = MoCo(encoder, s.queue_size, s.key_momentum, s.tau_s, parts)
+# ---------------------------------------------------------------------------------------- the loop
+def build(cfg, data, device, teacher=None):
+    """The network to train, and the method around it, on the device; the same on every process."""
+    torch.manual_seed(cfg.seed)
+    encoder = Encoder(cfg.arch, cfg.dim, cfg.hidden_dim, cfg.small_images, cfg.image_size)
+    if cfg.method == "seed":
+        method = SEED(encoder, teacher, cfg.queue_size, cfg.tau_s, cfg.tau_t)
+    elif cfg.method == "moco":
+        images = cfg.batch_size // rank_and_world_size()[1]
+        bn_splits = max(1, min(8, images // 32))                # parts of about 32 images
+        method = MoCo(encoder, cfg.queue_size, cfg.key_momentum, cfg.tau_s, bn_splits)
     else:
         method = Supervised(encoder, len(data.classes))
-    return method.to(team.device, memory_format=torch.channels_last).train()
+    return encoder, method.to(device, memory_format=torch.channels_last).train()
 
 
-def lr_at(step, s, per_epoch):
-    """Learning rate: linear warm-up, then half a cosine down to 0; scaled with the batch."""
-    warmup, total = s.warmup_epochs * per_epoch, s.epochs * per_epoch
-    peak = s.lr * s.batch_size / 256
+def distribute(method, cfg):
+    """The method as the loop calls it: compiled if asked for, gradients averaged over processes."""
+    for network in method.children():
+        if cfg.compile and hasattr(network, "dim"):             # not the queue
+            network.compile()
+    if not dist.is_initialized():
+        return method
+    return DistributedDataParallel(method, broadcast_buffers=False)
+
+
+def network_dtype(cfg, device, frozen=False):
+    """The dtype that networks compute in. On a CPU with units for bf16 (AMX), a frozen network is
+    twice as fast in it, but for layers as small as at 32 px; a network in training is slower."""
+    if cfg.precision != "auto":
+        return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.precision]
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    has_units = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+    large = cfg.image_size > 32 or cfg.small_images
+    return torch.bfloat16 if frozen and has_units and large else torch.float32
+
+
+def autocast(device, dtype):
+    """The block in which networks compute in `dtype`."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def lr_at(step, cfg, steps_per_epoch):
+    """Learning rate: linear warm-up, then half a cosine down to 0; scaled with the batch size."""
+    warmup = cfg.warmup_epochs * steps_per_epoch
+    total = cfg.epochs * steps_per_epoch
+    peak = cfg.lr * cfg.batch_size / 256
     if step < warmup:
         return peak * min(1, (step + 1) / warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-class Trainer:
-    """A method in training: its networks, its optimiser, and the step that moves them."""
+def step_seed(step, cfg):
+    """A seed for what networks draw (dropout, MoCo's shuffle): another in each step and process."""
+    rank, world_size = rank_and_world_size()
+    return ((cfg.seed * 2**32 + step) * world_size + rank) % 2**63
 
-    def __init__(self, s, data, team, teacher=None):
-        self.s, self.team, self.per_epoch = s, team, len(data.train) // s.batch_size
-        self.teacher, self.cache = teacher, None
-        self.method = self.model = build(s, data, teacher, team)
-        self.dtype, self.teacher_dtype = (autocast_dtype(s, team.device, frozen) for frozen in (False, True))
-        learning = [p for p in self.method.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(learning, s.lr, momentum=0.9, weight_decay=s.weight_decay)
-        self.scaler = torch.amp.GradScaler(team.device.type, enabled=self.dtype == torch.float16)
+
+def train(cfg, data, device, teacher=None):
+    """Train one network by `cfg.method`, from where its folder was left; returns the seconds."""
+    encoder, method = build(cfg, data, device, teacher)
+    weights = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(weights, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
+    dtype = network_dtype(cfg, device)
+    target_dtype = network_dtype(cfg, device, frozen=cfg.method == "seed")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    folder = RunFolder(cfg, data, encoder, method, optimizer, scaler, teacher)
+    first_step, seconds = folder.resume()
+    steps_per_epoch = len(data.train) // cfg.batch_size
+    last_step = min(cfg.epochs * steps_per_epoch, cfg.max_steps or math.inf)
+    if first_step >= last_step:
+        print0(f"finished before, after {first_step} steps; delete {cfg.out} to train anew")
+        return seconds
+    cache = TeacherCache(cfg, data, method, target_dtype) if cfg.teacher_cache else None
+    model = distribute(method, cfg)
+    clock = Clock(seconds)
+    steps = range(first_step, last_step)
+    for step, batch in zip(steps, batches(data.train, cfg, device, method.views_per_image, steps)):
+        lr = lr_at(step, cfg, steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(step_seed(step, cfg))
+        with record_function("teacher"), autocast(device, target_dtype):
+            targets = cache.targets(batch) if cache else method.targets(batch.views, batch.labels)
+        with record_function("student"), autocast(device, dtype):
+            outputs = model(batch.views)
+        with record_function("loss"):
+            loss = method.loss(outputs, targets)
+        with record_function("backward"):
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+        with record_function("update"):
+            scaler.step(optimizer)
+            scaler.update()
+
+        clock.count(batch)
+        steps_done = step + 1
+        should_save = steps_done % steps_per_epoch == 0 or steps_done == last_step
+        should_log = should_save or steps_done % LOG_EVERY == 0
+        if should_log:                                          # with the queue that the loss saw
+            values = {"loss": loss, **method.diagnostics(outputs, targets)}
+            row = {"step": steps_done, "epoch": steps_done / steps_per_epoch, "lr": lr,
+                   **mean_of_ranks(values, steps_done), **clock.stop(cfg.batch_size), "knn": None}
+        method.after_step(targets)                              # only now the queue moves on
+        if should_log and is_main_process():
+            if data.has_labels and cfg.eval_every and row["epoch"] % cfg.eval_every == 0:
+                scores, _ = evaluate(encoder, data, device, cfg.workers, KNN_LIMIT, linear=False)
+                row["knn"] = scores["knn"]
+            folder.write_row(row, last_step)
+            if should_save:
+                folder.save(steps_done, clock.seconds)
+        if should_log:
+            clock.start()
+    return clock.seconds
+
+
+def mean_of_ranks(values, step):
+    """A dict of scalar tensors -> of floats, averaged over processes; InputError for NaN or inf."""
+    means = torch.stack([value.detach().float() for value in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+    if not means.isfinite().all():
+        raise InputError(f"the loss is not finite at step {step}; lower --lr, raise "
+                         "--warmup-epochs, or take --precision fp32")
+    return dict(zip(values, means.tolist()))
+
+
+class Clock:
+    """The seconds that training took so far, without evaluating and saving; and its speed."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.start()
 
     def start(self):
-        """Compile and distribute, once the weights are in place."""
-        if self.s.compile:
-            for name in ("encoder", "teacher", "key_encoder"):
-                if hasattr(self.method, name):
-                    getattr(self.method, name).compile()
-        if self.team.ranks > 1:
-            self.model = DistributedDataParallel(self.method, broadcast_buffers=False)
+        self.started = time.perf_counter()
+        self.steps = 0
+        self.waited = 0.0
 
-    def autocast(self, dtype):
-        """The block in which networks compute in `dtype`."""
-        return torch.autocast(self.team.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    def count(self, batch):
+        self.steps += 1
+        self.waited += batch.wait
 
-    @torch.no_grad()
-    def ask_teacher(self, view, which):
-        """The teacher's embeddings of view [B, 3, S, S], float32 [B, D]: kept ones if there is a cache."""
-        with self.autocast(self.teacher_dtype):
-            return self.cache(view, *which) if self.cache else self.teacher(view)
-
-    def update(self, loss):
-        """Backward, and move the weights."""
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def step(self, number, views, labels, which):
-        """One training step: views, a list of [B, 3, S, S]; labels [B]; which views they are, for the cache."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(number, self.s, self.per_epoch)
-        step_seed = (self.s.seed * 2**32 + number) * self.team.ranks + self.team.rank   # for dropout and MoCo's shuffle
-        torch.manual_seed(step_seed % 2**63)
-        answers = dict(teacher_z=self.ask_teacher(views[0], which)) if self.teacher else {}
-        with self.autocast(self.dtype):
-            loss, stats = self.model(views, labels, **answers)
-        self.update(loss)
-        self.method.finish_step()                                               # now the queue may move
-        return loss, stats, group["lr"]
+    def stop(self, batch_size):
+        """Speed since the start, and the share of time in which the next batch was not there."""
+        took = time.perf_counter() - self.started
+        self.seconds += took
+        return dict(waiting=self.waited / took, images_per_s=self.steps * batch_size / took)
 
 
-def train(s, data, team, teacher=None):
-    """Train one network by `s.method`; resumes where its folder was left.  Returns the seconds of training so far."""
-    trainer = Trainer(s, data, team, teacher)
-    total = min(s.epochs * trainer.per_epoch, s.max_steps or math.inf)
-    folder = RunFolder(s, data, trainer)
-    start, seconds = folder.resume()
-    if start >= total:
-        say(f"finished before, after {start} steps: {folder.path}/encoder.pt; delete that folder to train anew")
-        return seconds
-    trainer.start()
-    if teacher and s.teacher_cache:
-        trainer.cache = TeacherCache(s.teacher_cache, s, data, teacher, trainer.teacher_dtype)
-        trainer.cache.ask_for_room()
-    progress, encoder = Progress(s, folder.path, start, total, trainer.per_epoch, seconds), trainer.method.encoder
-    stream = batches(data.train, s, team, trainer.method.views_needed, range(start, total))
-    for step in range(start + 1, total + 1):
-        loss, stats, lr = trainer.step(step - 1, *progress.wait_for(stream))
-        progress.add(loss, stats)                                               # waits for nothing
-        epoch, rest = divmod(step, trainer.per_epoch)
-        save = not rest or step == total
-        if save or step % LOG_EVERY == 0:
-            row = progress.stop_clock(step, lr)
-            if is_first():
-                look = data.judged and s.eval_every and not rest and epoch % s.eval_every == 0
-                scores = evaluate(encoder, data, team.device, s.workers, KNN_SUBSET, linear=False)[0] if look else {}
-                progress.write_row(**row, knn=scores.get("knn"))
-                if save:
-                    folder.save(step, progress.seconds)
-            progress.start_clock()
-    return progress.seconds
+# ------------------------------------------------------------------------------ what stays on disk
+def run_identity(cfg, data):
+    """What makes a run this run and no other: settings and data, as JSON keeps them."""
+    settings = {key: value for key, value in vars(cfg).items() if key not in MAY_CHANGE}
+    return json.loads(json.dumps({**settings, "data_fingerprint": data.fingerprint}))
 
 
-class TeacherCache:
-    """The teacher's place taken by its answers: what it said of a view once, it would say again.
-
-    A view is a pure function of (seed, epoch, index), so its embedding can be kept, and the next student, temperature or
-    queue length does without the teacher.  DIR/z.float32 is a memory-mapped array, float32 [E, N, D]; a row whose norm
-    is not 1 (not yet written, or torn by a kill) has its batch computed again.  DIR/fingerprint.json says whose answers
-    to what they are.  What a fingerprint cannot know (changed code, or pictures changed under their old names) shows in
-    the first batch that is kept as a whole, for which the teacher is asked all the same.
-
-    Raises: InputError if DIR holds other answers, or if the disk has no room.
-    """
-
-    def __init__(self, path, s, data, teacher, dtype):
-        self.path, self.teacher, self.trusted = Path(path), teacher, False
-        names = ("dataset", "pictures", "seed", "subset", "image_size", "crop_scale", "blur")
-        here = {name: value for name, value in identity(s, data).items() if name in names}
-        here |= dict(teacher=fingerprint(teacher), dim=teacher.dim, precision=str(dtype))
-        self.shape = (min(s.view_epochs or s.epochs, s.epochs), len(data.train), teacher.dim)       # [E, N, D]
-        note, self.file = self.path / "fingerprint.json", self.path / "z.float32"
-        with rank_zero_first():
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not note.exists() and not self.file.exists():
-                (self.path / "fingerprint.tmp").write_text(json.dumps(here, indent=1) + "\n")
-                os.replace(self.path / "fingerprint.tmp", note)
-            there = json.loads(note.read_text()) if note.exists() else {}
-            if other := differences(there, here):
-                raise InputError(f"--teacher-cache {self.path} holds other answers ({other}); name another folder")
-            self.file.touch()
-            self.rows = np.memmap(self.file, np.float32, "r+", shape=self.shape)    # a shorter file grows; new rows are 0
-
-    def ask_for_room(self):
-        """Say how large the file will be, and refuse if the disk is too small (a full one would kill the run)."""
-        size, taken = 4 * math.prod(self.shape), getattr(self.file.stat(), "st_blocks", 0) * 512
-        free = shutil.disk_usage(self.path).free + taken
-        if size > free:
-            raise InputError(f"--teacher-cache {self.path} would take {size / 1e9:.2f} GB and has room for "
-                             f"{free / 1e9:.2f}; lower --view-epochs")
-        say(f"  teacher cache: {' x '.join(map(str, self.shape))} float32, {size / 1e9:.2f} GB in the end, in {self.path}")
-
-    @torch.no_grad()
-    def __call__(self, view, epoch, index):
-        """The teacher's embeddings, float32 [B, D], of `view` [B, 3, S, S]: pictures `index` [B] in view epoch `epoch`."""
-        kept = torch.from_numpy(self.rows[epoch, index])                        # [B, D], a copy
-        whole = bool(((kept.norm(dim=1) - 1).abs() < 1e-4).all())
-        if whole and self.trusted:
-            return to_device(kept, view.device)
-        z = self.teacher(view)                                                  # [B, D]
-        if whole and not (kept * z.cpu()).sum(1).min() > 0.99:
-            raise InputError(f"--teacher-cache {self.path}: the teacher answers differently now (other pictures or code?); "
-                             "delete that folder")
-        self.rows[epoch, index] = z.cpu().numpy()
-        self.trusted = self.trusted or whole
-        return z
-
-
-class RunFolder:
-    """What training leaves on disk: args.json, views.png, last.pt (to resume), encoder.pt (to take away)."""
-
-    def __init__(self, s, data, trainer):
-        self.path, self.s, self.data = Path(s.out), s, data
-        self.method, self.optimizer, self.scaler = trainer.method, trainer.optimizer, trainer.scaler
-        self.teacher = trainer.teacher
-        self.identity = identity(s, data) | dict(teacher=self.teacher and fingerprint(self.teacher))
-
-    def resume(self):
-        """(steps done, seconds spent); (0, 0) in a new folder."""
-        state = read_run(self.path, self.identity)
-        if state is None:
-            if is_first():
-                self.path.mkdir(parents=True, exist_ok=True)
-                (self.path / "args.json").write_text(json.dumps(vars(self.s), indent=1) + "\n")
-                save_views(self.path / "views.png", self.data, self.s.crop_scale, self.s.blur, self.s.seed)
-            return 0, 0.0
-        frozen = {key: value for key, value in self.method.state_dict().items() if key.startswith("teacher.")}
-        self.method.load_state_dict(frozen | state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:                                                     # empty but for fp16
-            self.scaler.load_state_dict(state["scaler"])
-        return state["step"], state["seconds"]
-
-    def save(self, step, seconds):
-        """Write encoder.pt, then last.pt, each aside and renamed: a kill at any moment leaves whole files, and a run
-        that calls itself finished has its encoder.  The frozen teacher is not saved; its fingerprint is."""
-        made = f"{NAMES[self.s.method]}, {step // (len(self.data.train) // self.s.batch_size)} epochs on {self.data.name}"
-        made += f", teacher: {self.teacher.made}" if self.teacher else ""
-        save_encoder(self.path / "encoder.pt", self.method.encoder, made,
-                     self.teacher.labels_seen if self.teacher else self.s.method == "supervised")
-        weights = {key: value for key, value in self.method.state_dict().items() if not key.startswith("teacher.")}
-        state = dict(method=weights, optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                     step=step, seconds=seconds, identity=json.dumps(self.identity))
-        torch.save(state, self.path / "last.pt.tmp")
-        os.replace(self.path / "last.pt.tmp", self.path / "last.pt")
-
-
-def read_run(path, here):
-    """The checkpoint in folder `path`, None if there is none yet; InputError if it is of another run than `here`, the
-    identity of this one (or a part of it)."""
-    if not (path / "last.pt").exists():
-        if (path / "encoder.pt").exists():
-            raise InputError(f"{path} holds an encoder.pt but no last.pt to resume from; delete it or name another --out")
-        return None
-    state = read_checkpoint(path / "last.pt")
-    if "identity" not in state:
-        raise InputError(f"{path / 'last.pt'} is not a run's checkpoint; name another --out, or delete it")
-    there = json.loads(state["identity"])
-    if other := differences(there, here):
-        raise InputError(f"{path} holds a run with other settings ({other}); use those or another --out")
-    return state
-
-
-def differences(there, here):
-    """Where dict `there` says otherwise than dict `here`, in words; "" if nowhere."""
-    other = [key for key in here if there.get(key) != here[key]]
-    return "; ".join(f"{key} {there.get(key)} there, {here[key]} here" for key in other)
+def differences(saved, current):
+    """Where the dict `saved` differs from `current`, in words; "" if nowhere."""
+    keys = [key for key in current if saved.get(key) != current[key]]
+    return "; ".join(f"{key} was {saved.get(key)}, is {current[key]}" for key in keys)
 
 
 def fingerprint(module):
@@ -496,335 +403,301 @@ def fingerprint(module):
     return digest.hexdigest()[:12]
 
 
-class Progress:
-    """What a run says: rows of log.csv (means over the steps since the last row) and a line on the screen."""
+def read_last(out, identity):
+    """The content of OUT/last.pt, None in a new folder; InputError if it is of another run."""
+    path = Path(out, "last.pt")
+    if not path.exists():
+        if Path(out, "encoder.pt").exists():
+            raise InputError(f"{out} holds an encoder.pt but no last.pt to resume from; name "
+                             "another --out, or delete it")
+        return None
+    saved = read_checkpoint(path)
+    if "identity" not in saved:
+        raise InputError(f"{path} is not a run's checkpoint; name another --out, or delete it")
+    other = differences(json.loads(saved["identity"]), identity)
+    if other:
+        raise InputError(f"{out} holds a run with other settings ({other}); name another --out")
+    return saved
 
-    def __init__(self, s, path, start, total, per_epoch, seconds):
-        self.s, self.total, self.per_epoch, self.seconds = s, total, per_epoch, seconds
-        self.path, self.printed, self.log, self.kept = path / "log.csv", 0.0, None, []
-        if start:                                                               # rows after the checkpoint come again
-            say(f"resuming at step {start} of {total}")
-            if self.path.exists():
-                with open(self.path, newline="") as file:
-                    self.kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-        self.start_clock()
 
-    def start_clock(self):
-        """From here on time counts as training."""
-        self.sums, self.count, self.waited, self.clock = {}, 0, 0.0, time.perf_counter()
+class RunFolder:
+    """What a run leaves: args.json, views.png, log.csv, last.pt, to resume, and encoder.pt."""
 
-    def wait_for(self, stream):
-        """The next batch; counts the time that it was waited for."""
-        before = time.perf_counter()
-        batch = next(stream)
-        self.waited += time.perf_counter() - before
-        return batch
+    def __init__(self, cfg, data, encoder, method, optimizer, scaler, teacher=None):
+        self.cfg = cfg
+        self.data = data
+        self.encoder = encoder
+        self.teacher = teacher
+        self.parts = dict(method=method, optimizer=optimizer, scaler=scaler)
+        self.identity = run_identity(cfg, data)
+        self.identity["teacher"] = fingerprint(teacher) if teacher else None
+        self.printed = 0.0
 
-    def add(self, loss, stats):
-        """Count one step in; waits for nothing."""
-        for name, value in (dict(loss=loss.detach()) | stats).items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.count += 1
+    def resume(self):
+        """Load last.pt, and cut log.csv to match: (steps done, seconds); (0, 0.0) if it is new."""
+        out = Path(self.cfg.out)
+        saved = read_last(out, self.identity)
+        if saved is None:
+            if is_main_process():
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "args.json").write_text(json.dumps(vars(self.cfg), indent=1) + "\n")
+                (out / "log.csv").write_text("")
+                save_views(out / "views.png", self.data, self.cfg.crop_scale, self.cfg.blur,
+                           self.cfg.seed)
+            return 0, 0.0
+        print0(f"resuming at step {saved['step']}")
+        weights = {**self.parts["method"].state_dict(), **saved["method"]}     # and the teacher's
+        self.parts["method"].load_state_dict(weights)
+        self.parts["optimizer"].load_state_dict(saved["optimizer"])
+        if saved["scaler"]:                                     # empty but for fp16
+            self.parts["scaler"].load_state_dict(saved["scaler"])
+        if is_main_process() and (out / "log.csv").exists():    # later rows are computed again
+            header, *rows = (out / "log.csv").read_text().splitlines()
+            rows = [row for row in rows if int(row.split(",")[0]) <= saved["step"]]
+            (out / "log.csv").write_text("\n".join([header, *rows]) + "\n")
+        return saved["step"], saved["seconds"]
 
-    def stop_clock(self, step, lr):
-        """A row of the log: means over the steps since the last one and over the ranks; waits for the device."""
-        sums = torch.stack(list(self.sums.values())).float() / self.count
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-            sums /= dist.get_world_size()
-        means = dict(zip(self.sums, sums.tolist()))
-        if not math.isfinite(means["loss"]):
-            raise InputError(f"the loss of {self.s.arch} is not finite at step {step}; lower --lr, raise --warmup-epochs, "
-                             "or take --precision fp32")
-        took = time.perf_counter() - self.clock
-        self.seconds += took
-        return dict(step=step, epoch=step / self.per_epoch, **means, lr=lr, waiting=self.waited / took,
-                    images_per_s=self.count * self.s.batch_size / took)
-
-    def write_row(self, **row):
-        """Append a row to log.csv, and print it."""
-        if self.log is None:
-            file = open(self.path, "w", newline="", buffering=1)                # a line at a time: nothing is lost
-            self.log = csv.DictWriter(file, row)
-            self.log.writeheader()
-            self.log.writerows(self.kept)
-        self.log.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-        self.print_line(**row)
-
-    def print_line(self, step, epoch, loss, lr, images_per_s, waiting, knn, kl=None, **others):
-        """One line: rewritten in place on a terminal; in a pipe a new one every ten seconds and at each look at kNN."""
-        left = (self.total - step) * self.s.batch_size / images_per_s
-        kl = "" if kl is None else f"  KL {kl:.3f}"
-        knn = "" if knn is None else f"  kNN {knn:.1f}%"
-        text = (f"{step / self.total:4.0%}  epoch {epoch:.1f}/{self.s.epochs}  loss {loss:.3f}{kl}  lr {lr:.3g}  "
-                f"{images_per_s:.0f} images/s  waiting {waiting:.0%}  ETA {int(left) // 60}:{int(left) % 60:02d}{knn}")
-        keep = knn or step == self.total
-        if sys.stdout.isatty():                                                 # where a wrapped line cannot be rewritten
-            text = text if keep else text[:shutil.get_terminal_size().columns - 1]
-            print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
-        elif keep or time.perf_counter() - self.printed > 10:
-            print(text, flush=True)
+    def write_row(self, row, last_step):
+        """Append a row to log.csv; print it every ten seconds, and with each kNN evaluation."""
+        path = Path(self.cfg.out, "log.csv")
+        texts = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if path.stat().st_size == 0:
+                writer.writeheader()
+            writer.writerow(texts)
+        is_due = time.perf_counter() - self.printed > 10
+        if is_due or row["knn"] is not None or row["step"] == last_step:
+            print(progress(row, self.cfg, last_step), flush=True)
             self.printed = time.perf_counter()
 
+    def save(self, steps_done, seconds):
+        """Write encoder.pt, then last.pt: a run that calls itself finished has its encoder."""
+        epochs = steps_done // (len(self.data.train) // self.cfg.batch_size)
+        provenance = f"{METHOD_NAMES[self.cfg.method]}, {epochs} epochs on {self.data.name}"
+        used_labels = self.cfg.method == "supervised"
+        if self.teacher:
+            provenance += f", teacher: {self.teacher.provenance}"
+            used_labels = self.teacher.used_labels
+        save_encoder(Path(self.cfg.out, "encoder.pt"), self.encoder, provenance, used_labels)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        for name in [name for name in state["method"] if name.startswith("teacher.")]:
+            del state["method"][name]                           # frozen: its fingerprint will do
+        state.update(step=steps_done, seconds=seconds, identity=json.dumps(self.identity))
+        save_file(Path(self.cfg.out, "last.pt"), state)
 
-# ------------------------------------------------------------------------------------------- the benchmark
-def timed(work, device, calls):
-    """Seconds that a call of `work` takes, over some calls in a row; a GPU is asked for its own clock."""
-    if dist.is_initialized():
-        dist.barrier()
+
+def progress(row, cfg, last_step):
+    """A row of the log in a line."""
+    left = int((last_step - row["step"]) * cfg.batch_size / row["images_per_s"])
+    copy = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
+    knn = f"  kNN {row['knn']:.1f}%" if row["knn"] is not None else ""
+    return (f"{row['step'] / last_step:4.0%}  epoch {row['epoch']:.1f}/{cfg.epochs}  loss "
+            f"{row['loss']:.3f}{copy}  lr {row['lr']:.3g}  {row['images_per_s']:.0f} images/s  "
+            f"waiting {row['waiting']:.0%}  ETA {left // 60}:{left % 60:02d}{knn}")
+
+
+class TeacherCache:
+    """The teacher's embeddings of views, kept on disk for the next student or temperature.
+
+    A view depends on (seed, epoch, image) alone, so what the teacher says of it can be kept.
+    DIR/z.float32 is memory-mapped, float32 [E, N, D]; a row counts only if its norm is 1 (not
+    written yet, or torn by a kill: computed). DIR/fingerprint.json says of whom and of what."""
+
+    def __init__(self, cfg, data, method, dtype):
+        path = Path(cfg.teacher_cache)
+        identity = run_identity(cfg, data)
+        current = {key: identity[key] for key in ("dataset", "data_fingerprint", "seed", "subset",
+                                                  "image_size", "crop_scale", "blur")}
+        current.update(teacher=fingerprint(method.teacher), precision=str(dtype))
+        epochs = min(cfg.view_epochs or cfg.epochs, cfg.epochs)
+        shape = (epochs, len(data.train), method.teacher.dim)
+        size = 4 * math.prod(shape)
+        with main_process_first():
+            path.mkdir(parents=True, exist_ok=True)
+            if not Path(path, "fingerprint.pt").exists():
+                save_file(path / "fingerprint.pt", current)
+            other = differences(read_checkpoint(path / "fingerprint.pt"), current)
+            Path(path, "z.float32").touch()
+            used = 512 * getattr(Path(path, "z.float32").stat(), "st_blocks", 0)
+            if other or size > shutil.disk_usage(path).free + used:
+                problem = f"holds other embeddings ({other})" if other else "is on too small a disk"
+                raise InputError(f"--teacher-cache {path} {problem}; name another folder, or lower "
+                                 f"--view-epochs (it takes {size / 1e9:.2f} GB)")
+            self.rows = np.memmap(path / "z.float32", np.float32, "r+", shape=shape)
+        self.method = method
+        print0(f"  teacher cache: {' x '.join(map(str, shape))} float32, {size / 1e9:.2f} GB")
+
+    def targets(self, batch):
+        """The teacher's embeddings [B, D] for a Batch; from the disk if all of them are there."""
+        kept = torch.from_numpy(self.rows[batch.epoch, batch.samples])     # [B, D]
+        if ((kept.norm(dim=1) - 1).abs() < 1e-4).all():
+            return kept.to(batch.views[0].device, non_blocking=True)
+        z_t = self.method.targets(batch.views)                  # [B, D]
+        self.rows[batch.epoch, batch.samples] = z_t.cpu().numpy()
+        return z_t
+
+
+# ------------------------------------------------------------------------------------------ stages
+def check_settings(cfg, data):
+    """Refuse what cannot work before anything is trained; shorten a queue that is too long."""
+    world_size = rank_and_world_size()[1]
+    images = len(data.train)
+    if cfg.batch_size > images:
+        raise InputError(f"--batch-size {cfg.batch_size}: there are {images:,} training images")
+    if cfg.batch_size % world_size or cfg.batch_size < 2 * world_size:
+        raise InputError(f"--batch-size {cfg.batch_size} must be a multiple of the {world_size} "
+                         "processes, with 2 images each at least")
+    if cfg.method == "supervised" and not data.classes:
+        raise InputError(f"training with labels needs them, and {cfg.data} has none; use class "
+                         "folders, or --teacher-method moco")
+    if cfg.queue_size > images and not cfg.profile:
+        if cfg.method != "supervised":
+            print0(f"note: the queue of {cfg.queue_size:,} is cut to the {images:,} images")
+        cfg.queue_size = images
+    folder = Path(cfg.data).resolve()
+    is_flat = cfg.dataset == "folder" and not (folder / "train").is_dir()
+    if is_flat and folder in Path(cfg.out).resolve().parents:
+        raise InputError(f"the run's folder {cfg.out} would lie among the images of {cfg.data}; "
+                         "name another --out")
+    identity = run_identity(cfg, data)
+    del identity["dim"]                                         # a student takes its teacher's
+    if not cfg.profile:
+        read_last(cfg.out, identity)                            # is the folder another run's?
+
+
+def get_teacher(args, cfg, data, device):
+    """The teacher and its seconds: from a file; or trained now, and kept for the next student."""
+    path = args.teacher
+    seconds = None
+    if not path and args.profile:                               # any weights take the same time
+        teacher = Encoder(cfg.teacher_arch, cfg.dim, None, cfg.small_images, cfg.image_size)
+    else:
+        if not path:
+            path, seconds = train_teacher(args, cfg, data, device)
+        with main_process_first():
+            teacher = load_teacher(path, args.teacher_arch)
+        teacher.check_image_size(cfg.image_size)
+    if args.dim and args.dim != teacher.dim:
+        raise InputError(f"--dim {args.dim}: the teacher's embeddings have {teacher.dim} numbers, "
+                         "and so must the student's; leave --dim out")
+    return teacher.to(device, memory_format=torch.channels_last), seconds
+
+
+def train_teacher(args, cfg, data, device):
+    """Stage 1: a teacher, kept in a folder named after all that makes it; its file and seconds."""
+    if cfg.dataset == "imagenet":
+        raise InputError(f"no --teacher: use a published one, --teacher {PUBLISHED_TEACHER}, or "
+                         "train one for some days: torchrun --nproc_per_node=8 train.py --method "
+                         f"moco --arch resnet50 --dataset imagenet --data {cfg.data}")
+    teacher_cfg = make_config(args, cfg.teacher_method, arch=cfg.teacher_arch, dim=cfg.dim,
+                              hidden_dim=None, epochs=cfg.teacher_epochs)
+    identity = json.dumps([run_identity(teacher_cfg, data), cfg.max_steps], sort_keys=True)
+    name = f"{cfg.dataset}-{cfg.teacher_method}-{cfg.teacher_arch}"
+    teacher_cfg.out = f"runs/teachers/{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    check_settings(teacher_cfg, data)
+    if Path(cfg.out, "last.pt").exists() and not Path(teacher_cfg.out, "last.pt").exists():
+        raise InputError(f"{cfg.out} holds a student of another teacher than these settings would "
+                         "train; name that one with --teacher, or another --out")
+    print0(f"\nstage 1: no --teacher given, so a {cfg.teacher_arch} is trained on the same images, "
+           f"{label_use(cfg.teacher_method == 'supervised')}; kept in {teacher_cfg.out}")
+    print_settings(teacher_cfg, data)
+    seconds = train(teacher_cfg, data, device)
+    return f"{teacher_cfg.out}/encoder.pt", seconds
+
+
+def print_settings(cfg, data):
+    """Print the settings of a stage, and the loss of chance."""
+    hidden = ("method", "arch", "out", "compare", "profile", "data", "dataset")
+    words = [f"{key}={value}" for key, value in sorted(vars(cfg).items())
+             if value is not None and not key.startswith(("teacher", *hidden))]
+    print0(textwrap.fill(" ".join(words), 98, initial_indent="  ", subsequent_indent="  "))
+    entries = len(data.classes) if cfg.method == "supervised" else cfg.queue_size + 1
+    print0(f"  chance among {entries:,} entries: a loss of {math.log(entries):.2f}")
+
+
+def profile(cfg, data, device, teacher):
+    """Time some real steps by torch.profiler, in a folder that is thrown away; leave the trace."""
+    profiler = torch.profiler.profile()
+    with tempfile.TemporaryDirectory() as folder, profiler:
+        settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0}
+        train(argparse.Namespace(**settings), data, device, teacher)
+    networks = ("teacher", "student", "backward", "update")
+    stages = ("reading", "augmentation", "loss", *networks)
+    events = [event for event in profiler.events() if event.name in stages]
+    starts = [event.time_range.start for event in events if event.name == "reading"]
+    ms = {"whole step": np.median(np.diff(sorted(starts))) / 1e3}
+    for stage in stages:
+        ms[stage] = np.median([max(event.cpu_time_total, event.device_time_total)
+                               for event in events if event.name == stage]) / 1e3
+    ms["networks"] = sum(ms[stage] for stage in networks)
+    print0(f"\n{'':14s}ms a step   share  images/s")
+    for name, value in ms.items():
+        speed = cfg.batch_size / value * 1e3
+        print0(f"{name:14s}{value:9.2f}{value / ms['whole step']:8.0%}{speed:10.0f}")
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-    start = time.perf_counter()
-    for _ in range(calls):
-        work()
-    if device.type == "cuda":
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / calls
-    if device.type == "mps":
-        torch.mps.synchronize()
-    return (time.perf_counter() - start) / calls
-
-
-def parts_of_a_step(trainer, data):
-    """What a step consists of, by name: functions that do one part, again and again, on one batch."""
-    s, team, method = trainer.s, trainer.team, trainer.method
-    epoch, index, sources = next(read(data.train, s, team, method.views_needed, [0]))
-    views = make_views(data.train, s, epoch, index, sources)
-    with torch.no_grad(), trainer.autocast(trainer.dtype):
-        key = method.encoder(views[0])                                          # [B, D], any unit rows
-
-    def forward_alone(network, dtype):
-        with torch.no_grad(), trainer.autocast(dtype):
-            network(views[-1])
-
-    def student():
-        with trainer.autocast(trainer.dtype):
-            loss = (method.encoder(views[0]) * key).sum()                       # any gradient
-        trainer.update(loss)
-
-    def loss_and_queue():
-        z, queue = key.clone().requires_grad_(), method.queue.features
-        seed = s.method == "seed"
-        loss = seed_loss(z, key, queue, s.tau_s, s.tau_t, {}) if seed else info_nce(z, key, queue, s.tau_s, {})
-        loss.backward()
-        method.latest = key
-        method.finish_step()
-
-    parts = {"augmentation": lambda: make_views(data.train, s, epoch, index, sources)}
-    if s.method == "seed":
-        parts |= {"teacher": lambda: forward_alone(method.teacher, trainer.teacher_dtype)}
-    if s.method == "moco":
-        parts |= {"key encoder": lambda: forward_alone(method.key_encoder, trainer.dtype)}
-    parts |= {"student: forward, backward, update": student}
-    return parts | ({} if s.method == "supervised" else {"loss and queue": loss_and_queue})
-
-
-def benchmark(s, data, team, teacher=None, repeats=7):
-    """Print where a step's time goes: its parts alone, then whole steps on fresh batches; medians."""
-    s = SimpleNamespace(**vars(s) | dict(view_epochs=1))
-    trainer, device = Trainer(s, data, team, teacher), team.device
-    trainer.start()
-    end, views_needed = s.epochs * trainer.per_epoch, trainer.method.views_needed       # where the schedule's rate is 0
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = 0.0                                                       # so nothing moves
-    from_disk, calls = data.train.pixels is None, 10 if device.type == "cuda" else 1
-    if not from_disk:
-        data.train.pixels = data.train.pixels.to(device)                        # once, and not once a stream
-    ahead = max(calls, 2 * s.workers) if from_disk else calls                   # batches that may be ready beforehand
-    steps = [step % trainer.per_epoch for step in range((repeats + 1) * ahead)]
-
-    def whole_steps(cache):
-        for batch in batches(data.train, s, team, views_needed, steps):
-            trainer.cache = cache
-            yield trainer.step(end, *batch)
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        reading = {"reading": read(data.train, s, team, views_needed, steps)}
-        whole = {"whole step": whole_steps(None)}
-        if teacher:
-            cache = TeacherCache(folder, s, data, teacher, trainer.teacher_dtype)
-            for epoch, index in plan(len(data.train), s, team, steps):
-                cache.rows[epoch, index] = teacher.dim**-0.5                    # answers as good as any, for the clock
-            cache.trusted = True
-            whole["whole step, teacher cached"] = whole_steps(cache)
-        streams, parts = reading | whole, parts_of_a_step(trainer, data)
-        times = {name: [] for name in [*reading, *parts, *whole]}
-        # In turns, so that all see the same weather; but workers would read on while others are timed, so they go alone.
-        for names in [[*parts], *([name] for name in streams)] if from_disk else [[*times]]:
-            for name in names * (repeats + 1):
-                work, n = (partial(next, streams[name]), ahead) if name in streams else (parts[name], calls)
-                times[name].append(timed(work, device, n))
-            for name in streams.keys() & names:
-                streams[name].close()
-    print_table({name: statistics.median(values[1:]) for name, values in times.items()}, s.batch_size)
-    if device.type == "cuda":
-        say(f"peak memory on the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-
-
-def print_table(t, batch_size):
-    """Print the benchmark's table; t: seconds a step, by part."""
-    say(f"\n{'':36s}ms a step  images/s")
-    for name, seconds in t.items():
-        say(f"{name:36s}{1e3 * seconds:9.2f}{batch_size / seconds:10.0f}")
-    student = t["student: forward, backward, update"]
-    networks = student + t.get("teacher", t.get("key encoder", 0))
-    for name, floor in (("whole step", networks), ("whole step, teacher cached", student)):
-        if name in t:
-            say(f"{name}: its networks alone take {1e3 * floor:.2f} ms, {floor / t[name]:.2f} of it")
-    if "whole step, teacher cached" in t:
-        factor = t["whole step"] / t["whole step, teacher cached"]
-        say(f"a second student of this teacher trains {factor:.2f} times as fast")
-
-
-# ---------------------------------------------------------------------------------------------- the stages
-def check(s, data, team):
-    """Refuse what cannot work before anything is trained; cap a queue that is too long."""
-    if s.batch_size > len(data.train):
-        raise InputError(f"--batch-size {s.batch_size} is larger than the {len(data.train):,} training pictures")
-    if s.batch_size % team.ranks or s.batch_size < 2 * team.ranks:
-        raise InputError(f"--batch-size {s.batch_size} must be a multiple of the {team.ranks} processes, "
-                         "with 2 pictures each at least")
-    if s.method == "supervised" and not data.classes:
-        raise InputError(f"training with labels needs them, and {s.data} has none; use class folders, or "
-                         "--teacher-method moco")
-    if s.queue_size > len(data.train) and not s.benchmark:
-        if s.method != "supervised":
-            say(f"note: the queue of {s.queue_size:,} is capped at the {len(data.train):,} training pictures")
-        s.queue_size = len(data.train)
-    here = identity(s, data)
-    here.pop("dim")                                                             # which a student takes from its teacher
-    if not s.benchmark:
-        read_run(Path(s.out), here)                                             # is the folder another run's?
-
-
-def get_teacher(args, s, data, team):
-    """The frozen teacher, from a file or trained here first and kept for the next student; and its seconds."""
-    path, seconds = args.teacher, None
-    if not path and args.benchmark:                                             # any weights take the same time
-        teacher = Encoder(s.teacher_arch, s.dim, None, s.small_images, s.image_size).eval().requires_grad_(False)
-        teacher.made, teacher.labels_seen = f"{s.teacher_arch}, random weights", False
-        return teacher.to(team.device, memory_format=torch.channels_last), None
-    if not path and s.dataset == "imagenet":
-        raise InputError(f"no --teacher: use a published one, --teacher {PUBLISHED}, or train one for some days: "
-                         "torchrun --nproc_per_node=8 train.py --method moco --arch resnet50 --dataset imagenet "
-                         f"--data {s.data}")
-    if not path:
-        t = resolve(args, s.teacher_method, arch=s.teacher_arch, epochs=s.teacher_epochs, hidden_dim=None, dim=s.dim)
-        what_makes_it = json.dumps(identity(t, data) | dict(max_steps=t.max_steps), sort_keys=True)
-        t.out = f"runs/teachers/{t.dataset}-{t.method}-{t.arch}-{hashlib.sha256(what_makes_it.encode()).hexdigest()[:8]}"
-        check(t, data, team)
-        if (Path(s.out) / "last.pt").exists() and not (Path(t.out) / "last.pt").exists():
-            raise InputError(f"{s.out} holds a student of another teacher than the one these settings would train; "
-                             "name that one with --teacher, or another --out")
-        say(f"\nstage 1: no --teacher given, so a {t.arch} is trained on the same pictures, "
-            f"{with_labels(t.method == 'supervised')}; kept in {t.out}")
-        announce(t, data)
-        seconds, path = train(t, data, team), f"{t.out}/encoder.pt"
-    with rank_zero_first():
-        teacher = load_teacher(path, args.teacher_arch)
-    teacher.try_size(s.image_size)
-    return teacher.to(team.device, memory_format=torch.channels_last), seconds
-
-
-def announce(s, data):
-    """Print the resolved settings of a stage, and what its figures mean."""
-    idle = dict(seed=("key_momentum",), moco=("tau_t",), supervised=("queue_size", "tau_s", "tau_t", "key_momentum"))
-    hidden = ("method", "arch", "out", "compare", "benchmark", "data", "dataset", *idle[s.method])
-    words = [f"{key}={value}" for key, value in sorted(vars(s).items())
-             if value is not None and key not in hidden and not key.startswith("teacher")]
-    say(textwrap.fill(" ".join(words), 116, initial_indent="  ", subsequent_indent="  "))
-    choices = len(data.classes) if s.method == "supervised" else s.queue_size + 1
-    part = f"; kNN on the way looks at {KNN_SUBSET:,} pictures" if len(data.train) > KNN_SUBSET else ""
-    say(f"  a guess among {choices:,} costs a loss of {math.log(choices):.2f}{part}")
-
-
-def table(rows, data, s, team):
-    """Judge every row's encoder, print the table and keep it as results.json."""
-    part = [f"{min(len(split), EVAL_SUBSET):,}" for split in (data.train, data.test)]
-    rest = f" of {len(data.train):,}; probe.py takes all" if len(data.train) > EVAL_SUBSET else ""
-    say(f"\njudging by {part[0]} training and {part[1]} test pictures{rest}")
-    width, out, results = max(len(row["name"]) for row in rows), Path(s.out), []
-    say(f"{'':{width}s}     kNN  linear  seconds  labels seen")
-    for row in rows:
-        encoder = row.pop("encoder")
-        encoder = load_teacher(encoder) if isinstance(encoder, Path) else encoder
-        encoder = encoder.to(team.device, memory_format=torch.channels_last)
-        scores, material = evaluate(encoder, data, team.device, s.workers, EVAL_SUBSET)
-        knn, linear = ("-" if value is None else f"{value:.1f}%" for value in (scores["knn"], scores["linear"]))
-        seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
-        say(f"{row['name']:{width}s}  {knn:>6s}  {linear:>6s}  {seconds:>7s}  {row['labels']}")
-        results.append(row | scores)
-        if row["name"].endswith(f"by {NAMES[s.method]}"):
-            save_neighbours(out / "neighbours.png", *material, data.image_size)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    say(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbours.png")
+        print0(f"peak memory on the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    if is_main_process():
+        trace = f"trace-{cfg.dataset}-{cfg.method}-{cfg.arch}.json"
+        profiler.export_chrome_trace(trace)
+        print(f"wrote {trace}; open it in chrome://tracing or ui.perfetto.dev")
 
 
 def main(argv=None):
-    torch.set_flush_denormal(True)              # far from a neighbour p_t is below 1e-38, where CPUs count very slowly
-    args = parse_flags(argv)
-    s = resolve(args, args.method)
-    team = join_team(args.device)
-    pictures = Path(s.data).resolve()
-    if s.dataset == "folder" and not (pictures / "train").is_dir() and pictures in Path(s.out).resolve().parents:
-        raise InputError(f"the run's folder {s.out} would lie among the pictures of {s.data}; name another --out")
-    with rank_zero_first():
-        data = load_data(s.dataset, s.data, s.image_size, s.subset, s.seed)
-    training, frozen = (autocast_dtype(s, team.device, frozen) for frozen in (False, True))
-    also = f", its frozen teacher in {frozen}" if s.method == "seed" and frozen != training else ""
-    say(f"{data}; {team.ranks} process{'es' * (team.ranks > 1)} on {team.device.type}, the network in {training}{also}"
-        .replace("torch.", ""))
-    torch.manual_seed(s.seed)
-    untrained = Encoder(s.arch, s.dim, s.hidden_dim, s.small_images, s.image_size)     # also refuses a bad name early
-    rows = [dict(name=f"{s.arch}, untrained", encoder=untrained, seconds=None, labels="no")]
-    students = [s]
-    if args.compare and not args.benchmark:
-        others = ["moco"] + ["supervised"] * bool(data.classes)
-        students += [resolve(args, method, out=f"{s.out}/{method}") for method in others if method != s.method]
-
+    torch.set_flush_denormal(True)          # p_t has numbers below 1e-38, where CPUs are very slow
+    args = parse_args(argv)
+    cfg = make_config(args, args.method)
+    device = init_distributed(args.device)
+    with main_process_first():
+        data = load_data(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
+    print0(f"{data}; {rank_and_world_size()[1]} process(es), networks in "
+           f"{network_dtype(cfg, device)} on {device.type}")
+    torch.manual_seed(cfg.seed)
+    untrained = Encoder(cfg.arch, cfg.dim, cfg.hidden_dim, cfg.small_images, cfg.image_size)
+    rows = [dict(name=f"{cfg.arch}, untrained", encoder=untrained, seconds=None, labels="no")]
+    students = [cfg]
+    if args.compare:
+        rivals = ["moco", "supervised"] if data.classes else ["moco"]
+        students += [make_config(args, rival, out=f"{cfg.out}/{rival}") for rival in rivals
+                     if rival != cfg.method]
     for student in students:
-        check(student, data, team)
+        check_settings(student, data)
 
-    teacher, labels = None, dict(moco="no", supervised="yes")
-    if s.method == "seed":
-        teacher, seconds = get_teacher(args, s, data, team)
-        if args.dim and args.dim != teacher.dim:
-            raise InputError(f"--dim {args.dim}: the teacher embeds in {teacher.dim} numbers, and so must the student; "
-                             "leave --dim out")
-        s.dim = teacher.dim
-        say(f"\nteacher: {teacher.made}, {with_labels(teacher.labels_seen)}")
-        seen = {True: "yes", False: "no", None: "unknown"}[teacher.labels_seen]
-        labels["seed"] = "by its teacher" if teacher.labels_seen else seen
-        rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds, labels=seen))
-    if args.benchmark:
-        announce(s, data)
-        benchmark(s, data, team, teacher)
-        students = []
+    teacher = None
+    labels = dict(moco="no", supervised="yes")
+    if cfg.method == "seed":
+        teacher, seconds = get_teacher(args, cfg, data, device)
+        cfg.dim = teacher.dim
+        print0(f"\nteacher: {teacher.provenance}, {label_use(teacher.used_labels)}")
+        used = {True: "yes", False: "no", None: "unknown"}[teacher.used_labels]
+        labels["seed"] = "by its teacher" if teacher.used_labels else used
+        rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds,
+                         labels=used))
     for student in students:
-        name = f"{student.arch} by {NAMES[student.method]}"
-        say(f"\n{'stage 2: ' if teacher and student is s else ''}{name}, in {student.out}")
-        announce(student, data)
-        seconds = train(student, data, team, teacher if student.method == "seed" else None)
-        encoder = Path(student.out) / "encoder.pt"
-        rows.append(dict(name=name, encoder=encoder, seconds=seconds, labels=labels[student.method]))
+        name = f"{student.arch} by {METHOD_NAMES[student.method]}"
+        print0(f"\n{'stage 2: ' if student.method == 'seed' else ''}{name}, in {student.out}")
+        print_settings(student, data)
+        if args.profile:
+            return profile(student, data, device, teacher)
+        seconds = train(student, data, device, teacher if student.method == "seed" else None)
+        rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=seconds,
+                         labels=labels[student.method]))
     if dist.is_initialized():
         dist.destroy_process_group()
-    if is_first() and students:
-        table(rows, data, s, team)
+    if is_main_process():
+        print_table(rows, data, device, cfg.workers, cfg.out)
 
 
 if __name__ == "__main__":
     try:
         main()
     except InputError as e:
-        if not is_first():                                                      # rank 0 speaks, unless only we know
-            time.sleep(5)
-        print(report(e), file=sys.stderr)
+        if not is_main_process():                               # the main process speaks, unless
+            time.sleep(5)                                       # only this one knows
+        print(one_line(e), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        sys.exit("error: out of memory; lower --batch-size or --image-size, or use --precision bf16")
+        sys.exit("error: out of memory; lower --batch-size or --image-size, or --precision bf16")
     except OSError as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
