@@ -521,7 +521,7 @@ def print_table(rows, data, device, workers, out):
     """Evaluate the encoder of each row, print a table, and keep it as OUT/results.json.
 
     rows: dicts of name, encoder (Encoder, or the path of its file; of OUT/encoder.pt the neighbors
-    are drawn), seconds (of training, or None), labels (whether they were used, in words)."""
+    are drawn) and seconds (of training, or None)."""
     counts = [f"{min(len(split), TABLE_LIMIT):,}" for split in (data.train, data.test)]
     more = f" of {len(data.train):,}; probe.py takes all" if len(data.train) > TABLE_LIMIT else ""
     print(f"\nevaluating on {counts[0]} training and {counts[1]} test images{more}")
@@ -538,9 +538,12 @@ def print_table(rows, data, device, workers, out):
         if data.has_labels:
             texts = [f"{scores['knn']:.1f}%", f"{scores['linear']:.1f}%"]
         seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
-        print(f"{row['name']:{width}s}  {texts[0]:>6s}  {texts[1]:>6s}  {seconds:>7s}  "
-              f"{row['labels']}", flush=True)
-        results.append({key: row[key] for key in ("name", "seconds", "labels")} | scores)
+        labels = {True: "yes", False: "no", None: "unknown"}[encoder.used_labels]
+        if encoder.used_labels and "teacher: " in encoder.provenance:
+            labels = "by its teacher"
+        print(f"{row['name']:{width}s}  {texts[0]:>6s}  {texts[1]:>6s}  {seconds:>7s}  {labels}",
+              flush=True)
+        results.append(dict(name=row["name"], seconds=row["seconds"], labels=labels, **scores))
         if row["encoder"] == f"{out}/encoder.pt":
             save_neighbors(Path(out, "neighbors.png"), *material, data.image_size)
     Path(out, "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -6,7 +6,8 @@ and stays frozen. No label takes part.
 
 The student does not copy the teacher's embeddings. The teacher says how similar an image is to each
 of a queue of earlier images: a probability distribution over the queue. The student compares its
-own embedding of the image with the same queue, and is trained to give the same distribution.
+own embedding of the image with the same queue, and is trained to give the same distribution. Both
+look at the same view, a randomly cropped and recolored copy of the image.
 
     image -> view -+-> student -> z_s --> z_s . d_j / tau_s -> softmax -> p_s -+
                    |                            ^                              |
@@ -22,15 +23,15 @@ Letters in shapes (a line that changes a tensor's shape ends in the new one):
     C  classes                                 S  side of a view in pixels
     U  random numbers that make one view       H, W  height and width of an image in pixels
 
-Departures ("-": not stated in what could be checked of the paper):
+Departures ("-": we could not check what the paper says):
 
-                   paper             authors' code               here
-    tau_t          -                 1e-4                        0.01, as in a re-implementation
-    enqueue        -                 before backward             after it: same numbers, no clone
-    color jitter   -                 in random order             in one fixed order
-    crop           -                 on whole pixels; in the     between pixels too; anywhere
-                                     center if none fits         if none fits
-    small crops    in the best rows  yes                         not yet
+                  paper                  authors' code           here
+    tau_t         -                      1e-4                    0.01, as in a re-implementation
+    enqueue       -                      before backward, so     after backward: the same numbers,
+                                         the queue is cloned     and no clone is needed
+    color jitter  -                      in random order         in one fixed order
+    crop box      -                      on whole pixels         between pixels, too
+    small crops   for its best results   yes                     not yet
 
 The training loop is `train` in train.py; data sets and evaluation are in probe.py. This file needs
 neither: `python seed.py` trains a toy in a few seconds.
@@ -54,27 +55,27 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class InputError(ValueError):
-    """Something that the user can mend; one line says what is wrong and what to do."""
+    """A bad file or name; one line says what is wrong and what to do. (ValueError: a bad call.)"""
 
 
 # ------------------------------------------------------------------------------------- 1. the loss
-def similarity_logits(z, own_key, queue, tau):
-    """Cosine similarity of each z to its own key and to every queue entry, divided by tau.
+def similarity_logits(z, own, queue, tau):
+    """Cosine similarity of each z to its own entry and to every queue entry, divided by tau.
 
-    Args: z, own_key: float [B, D]; queue: float [K, D]; all rows of length 1; tau: above 0.
-    Returns: float32 [B, 1+K]; column 0: the own key. Raises: ValueError for other shapes or tau."""
-    if z.ndim != 2 or own_key.shape != z.shape or queue.ndim != 2 or queue.shape[1] != z.shape[1]:
-        shapes = [list(x.shape) for x in (z, own_key, queue)]
+    Args: z, own: float [B, D]; queue: float [K, D]; all rows of length 1; tau: above 0.
+    Returns: float32 [B, 1+K], the own entry first. Raises: ValueError for other shapes or tau."""
+    if z.ndim != 2 or own.shape != z.shape or queue.ndim != 2 or queue.shape[1] != z.shape[1]:
+        shapes = [list(x.shape) for x in (z, own, queue)]
         raise ValueError(f"expected shapes [B, D], [B, D] and [K, D], got {shapes}")
     if not tau > 0:
         raise ValueError(f"a temperature must be above 0, got {tau}")
-    # bf16 rounds a cosine near 1 to steps of 0.004: 0.4 of a logit at tau = 0.01, 40 at 1e-4. So
-    # autocast is off here. (TF32 is off for matrix products unless you switch it on: do not.)
+    # bf16 rounds a cosine near 1 to steps of 0.004; divided by tau = 0.01, that is 0.4 in a logit.
+    # So autocast is off here. (Leave TF32 off for matrix products, too, as PyTorch does.)
     with torch.autocast(z.device.type, enabled=False):
-        z = z.float() / tau                                             # smaller than the logits
-        own = (z * own_key.float()).sum(dim=1, keepdim=True)            # [B, 1]
-        others = z @ queue.float().T                                    # [B, K]
-        return torch.cat([own, others], dim=1)                          # [B, 1+K]
+        z = z.float() / tau                                 # cheaper than dividing the logits
+        to_own = (z * own.float()).sum(dim=1, keepdim=True)             # [B, 1]
+        to_queue = z @ queue.float().T                                  # [B, K]
+        return torch.cat([to_own, to_queue], dim=1)                     # [B, 1+K]
 
 
 def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
@@ -84,25 +85,28 @@ def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
         p_s[j] = softmax_j(z_s . d_j / tau_s)
         loss   = mean over the batch of  - sum_j p_t[j] log p_s[j]
 
-    Why are both compared with the same entries? Entry j must mean the same image to both, or the
-    distributions could not be compared. The shared entries also tie the two spaces together: the
-    student must put an image where the teacher's embeddings of similar images are. Hence equal D.
+    Why are both compared with the teacher's entries? They tie the two spaces together: the student
+    has to put an image where the teacher's embeddings of similar images are. And entry j means the
+    same image to both, so that p_s[j] and p_t[j] can be compared. Hence D is equal.
 
     What does tau_t do? z_t . z_t = 1 is the largest similarity there is. As tau_t -> 0, all of p_t
-    moves to that entry, and the loss becomes `info_nce` with z_t as the positive: neighbors count
-    for nothing. As tau_t -> infinity, p_t becomes uniform and says nothing. In between, an image
-    shares its weight with similar ones. Authors' code: 1e-4; a re-implementation: 0.01, as here;
-    CompRess, a similar method: 0.04 for both networks. Try 0.01 to 0.1 and watch `self_prob`.
+    moves to that entry, and the loss becomes `info_nce`, "find your own entry": neighbors count for
+    nothing. As tau_t -> infinity, p_t becomes uniform and says nothing. In between, an image shares
+    its weight with similar ones. Authors' code: 1e-4, nearly the first limit; a re-implementation:
+    0.01, as here; CompRess, a similar method: 0.04 for both networks. Try 0.01 to 0.1, and watch
+    `self_prob`, the weight that p_t leaves to the image itself.
 
-    How low does it get? Not to 0. It is at least H(p_t), the entropy of the teacher's distribution;
-    KL = loss - H(p_t) depends on the student, and does not reach 0 either while tau_s > tau_t makes
-    p_s flatter than p_t. At the defaults even a perfect student (z_s = z_t) has a KL of about
-    log(1 + K e^-5 E[e^(5 cos)]), cos being the similarity to a random entry; at K = 65,536 that is
-    6.2 nats. `loss_of_a_copy` in `seed_diagnostics` is what it would score on the batch at hand.
+    How low does it get? It starts near log(1 + K), 11.1 for K = 65,536. It is at least H(p_t), the
+    entropy of p_t. KL = loss - H(p_t), the student's part, does not reach 0 either while tau_s is
+    larger and makes p_s flatter: at the defaults p_t is nearly one-hot, and even a copy of the
+    teacher (z_s = z_t) has a KL of -log p_s[0] = log(1 + K e^-5 E[e^(5 cos)]), with 5 = 1 / tau_s
+    and cos the similarity to an entry. For a random queue that is 6.2 nats, for a real one more.
+    So compare a run with `loss_of_a_copy` in `seed_diagnostics`.
 
-    Args: z_s: float [B, D], the student's embeddings; only they get a gradient, (p_s - p_t) / B by
-        the logits; z_t: float [B, D], the teacher's, of the same views; queue: float [K, D], its
-        earlier embeddings, without this batch's; all rows of length 1; tau_s, tau_t: above 0.
+    Args: z_s: float [B, D], the student's embeddings, which alone get a gradient (with respect to
+        the student's logits it is (p_s - p_t) / B); z_t: float [B, D], the teacher's, of the same
+        views; queue: float [K, D], its earlier embeddings, without this batch's; all rows of length
+        1; tau_s, tau_t: temperatures above 0.
     Returns: scalar float32, also under autocast. Raises: ValueError as `similarity_logits`.
 
     >>> z = torch.tensor([[1., 0.]])
@@ -126,8 +130,8 @@ def info_nce(query, key, queue, tau=0.2):
         queue: float [K, D], keys of other images; all rows of length 1; tau: above 0.
     Returns: scalar float32. Raises: ValueError as `similarity_logits`."""
     logits = similarity_logits(query, key.detach(), queue.detach(), tau)       # [B, 1+K]
-    own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)     # [B]
-    return F.cross_entropy(logits, own)
+    column = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # [B]
+    return F.cross_entropy(logits, column)
 
 
 @torch.no_grad()
@@ -136,9 +140,11 @@ def seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
 
     kl: loss - entropy, in nats: the part that depends on the student.
     entropy: H(p_t) in nats; p_t is spread over about e^entropy entries.
-    loss_of_a_copy: the loss of a student that equals its teacher; a yardstick, no strict bound.
+    loss_of_a_copy: the loss if z_s = z_t: a yardstick. (A good student may come out below it: where
+        tau_s > tau_t, z_t is not quite the minimum.)
     self_prob: p_t's weight on the image's own entry; near 1, it is contrastive learning.
-    top1_agreement: share of images for which both networks find the same entry most similar."""
+    top1_agreement: share of images whose own entry is the most similar to the student, as it always
+        is to the teacher."""
     p_t = similarity_logits(z_t, z_t, queue, tau_t).softmax(dim=1)             # [B, 1+K]
     p_s = similarity_logits(z_s, z_t, queue, tau_s).softmax(dim=1)             # [B, 1+K]
     entropy = torch.special.entr(p_t).sum(dim=1).mean()
@@ -176,9 +182,9 @@ class FeatureQueue(nn.Module):
     long. The student's own would be those of an earlier, worse student. (MoCo, which has no frozen
     network, needs its slowly moving key encoder for that reason.)
 
-    Why does it start with random unit vectors? The first step needs K entries. Random ones are far
-    from every image (zeros would be equally similar to all). Real embeddings replace them within
-    K/(R*B) steps and are harder to tell apart, so the loss may *rise* until the queue is filled.
+    Why does it start with random unit vectors? The first step needs K entries, and no real ones are
+    there yet. They replace the random ones within K/(R*B) steps. Those are far from every image and
+    easy to tell from it, real ones are not: the loss may *rise* until the queue is filled.
 
     Buffers: features: float32 [size, dim], rows of length 1; seen: int64, embeddings ever enqueued.
     Raises: ValueError for a size or dim below 1 and for embeddings of another width."""
@@ -198,7 +204,7 @@ class FeatureQueue(nn.Module):
             raise ValueError(f"the queue holds embeddings [B, {dim}], got {list(z.shape)}")
         z = concat_all_gather(z.float())                                # [R*B, D]
         slots = (self.seen + torch.arange(len(z), device=z.device)) % size     # [R*B], wraps around
-        self.features[slots[-size:]] = z[-size:]                        # of more than K, the last K
+        self.features[slots[-size:]] = z[-size:]                        # if R*B > K, the last K
         self.seen += len(z)
 
     @property
@@ -211,7 +217,7 @@ class FeatureQueue(nn.Module):
 # SEED, the baseline that it beats, and the upper bound: three modules, one training step for all:
 #
 #     targets = method.targets(views, labels)        what to match; no gradient
-#     outputs = method(views)                        what the trained network says
+#     outputs = method(views)                        what the network in training says
 #     loss = method.loss(outputs, targets)
 #     optimizer.zero_grad()
 #     loss.backward()
@@ -220,36 +226,40 @@ class FeatureQueue(nn.Module):
 #
 # views: a list of `views_per_image` tensors [B, 3, S, S]; labels: int64 [B], or None.
 # `method.diagnostics(outputs, targets)` gives scalars for the log; call it before `after_step`.
+#
+#     teacher = load_teacher("teacher.pt")
+#     student = Encoder("mobilenet_v3_large", dim=teacher.dim)
+#     method = SEED(student, teacher)
 class SEED(nn.Module):
     """Self-supervised distillation: the student learns the teacher's similarity distributions.
 
-    Args: student: the network to train; teacher: a trained one (see `load_teacher`), frozen here.
-            Either may be any module with an attribute `dim` (D) that turns a view [B, 3, S, S] into
-            embeddings [B, D], rows of length 1; such as `TinyNetwork` at the end of this file.
-        queue_size: K; tau_s, tau_t: the temperatures, see `seed_loss`.
-    Raises: ValueError if `dim` is missing or not the same for both, and, from the first `loss`, for
+    Args: student: the network to train; teacher: a trained one, frozen here. Either may be any
+        module with an attribute `dim` (D) that turns a view into embeddings [B, D], rows of length
+        1; see `TinyNetwork` below. queue_size: K; tau_s, tau_t: the temperatures of `seed_loss`.
+    Raises: ValueError if `dim` is missing or not the same for both; the first `loss` raises it for
         embeddings of another shape or length."""
     views_per_image = 1                                                 # both networks see the same
 
     def __init__(self, student, teacher, queue_size=65536, tau_s=0.2, tau_t=0.01):
         super().__init__()
-        dim_s, dim_t = [getattr(network, "dim", "missing") for network in (student, teacher)]
-        if dim_s != dim_t or dim_s == "missing":
-            raise ValueError(f"student.dim is {dim_s} and teacher.dim is {dim_t}; dim must be the "
-                             "width of the embeddings, the same for both")
+        dim_s, dim_t = [getattr(network, "dim", None) for network in (student, teacher)]
+        if dim_s is None or dim_s != dim_t:
+            raise ValueError(f"student.dim is {dim_s} and teacher.dim is {dim_t}; both need dim, the "
+                             "width of their embeddings, and it must be the same")
         self.student = student
         self.teacher = teacher.requires_grad_(False)
         self.queue = FeatureQueue(queue_size, teacher.dim)
         self.tau_s = tau_s
         self.tau_t = tau_t
-        self.checked = False
-        self.train()
+        self.embeddings_checked = False
+        self.train()                                                    # the teacher: eval mode
 
     def train(self, mode=True):
         """Put the student in training mode; the teacher stays in evaluation mode.
 
-        Otherwise its batch norm would drift with our data. In evaluation mode an embedding depends
-        on its own view alone: nothing leaks from the batch, and MoCo's shuffling is not needed."""
+        Else its batch norm would drift with our data. In evaluation mode z_t depends on its view
+        alone. So the student cannot read it off the statistics of the batch, and nothing has to be
+        shuffled between GPUs (MoCo has to)."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -264,11 +274,11 @@ class SEED(nn.Module):
         return self.student(views[0])
 
     def loss(self, z_s, z_t):
-        """The SEED loss of the batch against the queue as it is: scalar float32."""
-        if not self.checked:
+        """The loss of the batch, scalar float32; the queue is not changed."""
+        if not self.embeddings_checked:
             check_embeddings("student", z_s, self.student.dim)
             check_embeddings("teacher", z_t, self.teacher.dim)
-            self.checked = True
+            self.embeddings_checked = True
         return seed_loss(z_s, z_t, self.queue.features, self.tau_s, self.tau_t)
 
     def diagnostics(self, z_s, z_t):
@@ -277,8 +287,8 @@ class SEED(nn.Module):
         return {**values, "queue_filled": self.queue.filled}
 
     def after_step(self, z_t):
-        """Enqueue z_t. Before `loss`, z_t would be among the entries twice; between `loss` and
-        `backward`, the entries from which the gradient is computed would change."""
+        """Enqueue z_t. Before `loss`, it would be among the entries twice; between `loss` and
+        `backward`, autograd would stop: "modified by an inplace operation"."""
         self.queue.enqueue(z_t)
 
 
@@ -287,22 +297,22 @@ def check_embeddings(name, z, dim):
     if z.ndim != 2 or z.shape[1] != dim:
         raise ValueError(f"the {name} must return embeddings [B, {dim}], got {list(z.shape)}")
     if not ((z.float().norm(dim=1) - 1).abs() < 1e-3).all():
-        raise ValueError(f"the {name}'s embeddings need length 1: return F.normalize(z, dim=1)")
+        raise ValueError(f"the {name}'s embeddings must have length 1 (to 0.001): let its forward "
+                         "end with F.normalize(z.float(), dim=1)")
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """A BatchNorm2d that sees `splits` separate parts of a batch, as if each had its own GPU."""
 
     def __init__(self, bn, splits):
-        # Each part updates the running statistics; together that must count as one step.
+        # Each part updates the running statistics; together that shall count as one step.
         super().__init__(bn.num_features, bn.eps, 1 - (1 - bn.momentum) ** (1 / splits))
         self.load_state_dict(bn.state_dict())
         self.splits = splits
 
     def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        return torch.cat([nn.BatchNorm2d.forward(self, part) for part in x.chunk(self.splits)])
+        parts = x.chunk(self.splits) if self.training else [x]
+        return torch.cat([nn.BatchNorm2d.forward(self, part) for part in parts])
 
 
 class MoCo(nn.Module):
@@ -339,14 +349,12 @@ class MoCo(nn.Module):
             dist.broadcast(order, src=0)
         keys = self.key_encoder(everyone[order[rank::world_size]])      # [B, D]
         keys = concat_all_gather(keys)                                  # [R*B, D], shuffled
-        return keys[order.argsort()][rank::world_size]                  # [B, D], in order again
+        return keys[order.argsort()][rank::world_size]                  # [B, D], order undone
 
     def forward(self, views):
-        """Queries [B, D] of the first views."""
-        return self.encoder(views[0])
+        return self.encoder(views[0])                                   # queries [B, D]
 
     def loss(self, query, key):
-        """InfoNCE of the batch against the queue as it is: scalar float32."""
         return info_nce(query, key, self.queue.features, self.tau)
 
     @torch.no_grad()
@@ -379,17 +387,14 @@ class Supervised(nn.Module):
         self.tau = tau
 
     def targets(self, views, labels):
-        """The labels, int64 [B]."""
-        return labels
+        return labels                                                   # int64 [B]
 
     def forward(self, views):
-        """Logits of the view, float32 [B, C]."""
         z = self.encoder(views[0])                                      # [B, D]
         with torch.autocast(z.device.type, enabled=False):
-            return z.float() @ F.normalize(self.class_vectors, dim=1).T / self.tau
+            return z.float() @ F.normalize(self.class_vectors, dim=1).T / self.tau        # [B, C]
 
     def loss(self, logits, labels):
-        """Cross-entropy of the batch: scalar float32."""
         return F.cross_entropy(logits, labels)
 
     def diagnostics(self, logits, labels):
@@ -397,16 +402,15 @@ class Supervised(nn.Module):
         return {"top1_agreement": (logits.argmax(dim=1) == labels).float().mean()}
 
     def after_step(self, labels):
-        """Nothing but the weights moves."""
+        """Nothing moves but the weights."""
 
 
 # ------------------------------------------------------------------------------------- 4. encoders
 class Encoder(nn.Module):
     """A torchvision classification network with a projection head in place of its last Linear.
 
-    The head is the paper's: Linear, ReLU, Linear, then L2 normalization. Its input and its hidden
-    layer are as wide as the input of the layer that it replaces: 512 for a ResNet-18, 1280 (behind
-    the classifier's hidden layer) for MobileNet-V3-Large.
+    The head is the paper's: Linear, ReLU, Linear, then L2 normalization; input and hidden layer as
+    wide as the replaced layer's input, which is 512 for ResNet-18, 1280 for MobileNet-V3-Large.
 
     Args: arch: name of a torchvision classification network, such as "mobilenet_v3_large".
         dim: D, width of the embeddings; None: no head, the embedding is the normalized features.
@@ -425,7 +429,7 @@ class Encoder(nn.Module):
         self.used_labels = False
         known = torchvision.models.list_models(module=torchvision.models)
         if arch not in known:
-            near = difflib.get_close_matches(str(arch), known, n=3, cutoff=0)
+            near = difflib.get_close_matches(str(arch), known, cutoff=0)
             raise InputError(f"unknown network '{arch}'; did you mean {', '.join(near)}?")
         self.backbone = torchvision.models.get_model(arch, weights=None)
         linears = [name for name, m in self.backbone.named_modules() if isinstance(m, nn.Linear)]
@@ -531,28 +535,27 @@ def load_teacher(path_or_url, arch=None):
     if arch is None:
         raise InputError(f"{path_or_url} does not say which network it is; name it, say resnet50")
     if file.get("format") == "seed-encoder":
-        teacher, weights = from_our_file(file, path_or_url)
+        options = [file[name] for name in ("dim", "hidden_dim", "small_images", "image_size")]
+        teacher = Encoder(arch, *options)
+        weights = {f"backbone.{name}": value for name, value in file["backbone"].items()}
+        weights.update({f"head.{name}": value for name, value in file["head"].items()})
+        teacher.provenance = file.get("provenance", file.get("made"))  # "made": the first version
+        teacher.used_labels = file.get("used_labels", file.get("labels_seen"))
     else:
         teacher = Encoder(arch, dim=None)
         weights = from_published(file, path_or_url, teacher)
-    load_strictly(teacher, weights, path_or_url)
-    matched = sum(name.startswith("backbone.") for name in weights)
-    teacher.provenance = f"{arch}, {teacher.provenance}, matched {matched}/{matched} backbone keys"
-    return teacher.eval().requires_grad_(False)
-
-
-def from_our_file(file, path):
-    """An Encoder as in a file by `save_encoder`, and its weights."""
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
+            raise InputError(f"{path_or_url}: {name} has numbers that are not finite")
     try:
-        teacher = Encoder(file["arch"], file["dim"], file["hidden_dim"], file["small_images"],
-                          file["image_size"])
-        weights = {f"backbone.{name}": value for name, value in file["backbone"].items()}
-        weights.update({f"head.{name}": value for name, value in file["head"].items()})
-    except KeyError as missing:
-        raise InputError(f"{path} is not a whole encoder.pt (no {missing}); make it anew") from None
-    teacher.provenance = file.get("provenance", file.get("made"))       # the first version's names
-    teacher.used_labels = file.get("used_labels", file.get("labels_seen"))
-    return teacher, weights
+        teacher.load_state_dict(weights)
+    except RuntimeError as e:                                           # one line a kind of error
+        problems = "; ".join(line[:120] for line in str(e).split("\n\t")[1:4])
+        raise InputError(f"{path_or_url} does not fit a {arch}: {problems}") from None
+    matched = sum(name.startswith("backbone.") for name in weights)     # old files have no counters
+    total = len(teacher.backbone.state_dict())
+    teacher.provenance = f"{arch}, {teacher.provenance}, matched {matched}/{total} backbone keys"
+    return teacher.eval().requires_grad_(False)
 
 
 def from_published(file, path, teacher):
@@ -562,8 +565,10 @@ def from_published(file, path, teacher):
     if not isinstance(published, dict) or not all(isinstance(key, str) for key in published):
         raise InputError(f"{path} is not a checkpoint: expected a dict of weights")
     is_moco = any(key.startswith("module.encoder_q.") for key in published)
-    prefix = "module." if all(key.startswith("module.") for key in published) else ""
-    prefix = "module.encoder_q." if is_moco else prefix
+    if is_moco:
+        prefix = "module.encoder_q."
+    else:
+        prefix = "module." if all(key.startswith("module.") for key in published) else ""
     last_layer = f"{prefix}{teacher.last_layer}."                       # in MoCo: its head
     weights = {}
     for key, value in published.items():
@@ -577,7 +582,8 @@ def from_published(file, path, teacher):
         last = weights.get("head.2.weight", weights.get("head.weight"))
         if last is None:
             raise InputError(f"{path}: MoCo's projection head is missing (no {last_layer}2.weight)")
-        teacher.set_head(len(last), len(weights.get("head.0.weight", [])))
+        hidden_dim = len(weights.get("head.0.weight", []))              # 0 in v1: no hidden layer
+        teacher.set_head(len(last), hidden_dim)
         teacher.provenance = "MoCo checkpoint"
     else:
         weights.pop("head.weight", None)                                # scores of classes
@@ -585,27 +591,6 @@ def from_published(file, path, teacher):
         teacher.provenance = "torchvision weights, no projection head"
         teacher.used_labels = None
     return weights
-
-
-def load_strictly(encoder, weights, path):
-    """Fill `encoder` from `weights`; InputError unless all keys and shapes match."""
-    own = encoder.state_dict()
-    problems = []
-    for name in {**own, **weights}:
-        if name not in own:
-            problems.append(f"{name} has no place in it")
-        elif name not in weights and not name.endswith("num_batches_tracked"):     # old: has none
-            problems.append(f"{name} is missing")
-        elif name in weights and getattr(weights[name], "shape", None) != own[name].shape:
-            shape = list(getattr(weights[name], "shape", ["no tensor"]))
-            problems.append(f"{name} is {shape}, expected {list(own[name].shape)}")
-        elif name in weights and not torch.isfinite(weights[name]).all():
-            problems.append(f"{name} has numbers that are not finite")
-    if problems:
-        starts = sorted({".".join(name.split(".")[:3]) for name in weights})[:5]
-        raise InputError(f"{path} does not fit a {encoder.arch}: {'; '.join(problems[:3])}; "
-                         f"{len(problems)} such keys; its keys start with {', '.join(starts)}")
-    encoder.load_state_dict({**own, **weights})
 
 
 def read_checkpoint(path_or_url):
@@ -625,13 +610,16 @@ def read_checkpoint(path_or_url):
         raise InputError(f"cannot read {path}: {reason}") from None
     if not isinstance(file, dict):
         raise InputError(f"{path} is not a checkpoint: expected a dict of weights")
+    needed = {"arch", "dim", "hidden_dim", "small_images", "image_size", "backbone", "head"}
+    if file.get("format") == "seed-encoder" and not needed <= file.keys():
+        raise InputError(f"{path} is not a whole encoder.pt: no {min(needed - file.keys())}")
     return file
 
 
 # ---------------------------------------------------------------------------------------- 6. views
-# Randomness is an argument. All that is random about a view is a row of U numbers, computed from
-# (seed, epoch, sample, view) and not drawn from a generator. So a view depends on these four alone,
-# not on workers, processes, or where a run was interrupted; and `augment` is a pure function.
+# torchvision's transforms draw from a generator, one image at a time. Here all that is random about
+# a view is a row of U numbers computed from (seed, epoch, sample, view). So a view depends on these
+# four alone, not on workers, processes or interruptions; `augment` makes a batch of them at once.
 AREA = slice(0, 10)                                                     # ten tries, see `crop_box`
 RATIO = slice(10, 20)
 TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA = range(20, 31)
@@ -644,7 +632,8 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def splitmix64(x):
-    """Mix the bits of uint64 numbers until each looks random (Steele et al., 2014)."""
+    """Mix the bits of uint64 numbers until each looks random (Steele et al., 2014). A generator of
+    NumPy's for each view would do, too, but it takes 50 times as long."""
     x = x + GOLDEN                                                      # wraps around, as it should
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -655,7 +644,7 @@ def uniforms(seed, epoch, index, view=0):
     """Float32 [B, U] in [0, 1): row b depends on (seed, epoch, index[b], view) and nothing else.
 
     Args: seed, epoch, view: ints; index: B sample numbers (list, array or tensor of ints)."""
-    key = np.zeros(1, np.uint64)
+    key = np.zeros(1, np.uint64)                                        # an array: may wrap around
     for word in (seed, epoch, view):
         key = splitmix64(key ^ np.array([word]).astype(np.uint64))
     key = splitmix64(key ^ np.asarray(index, np.int64).astype(np.uint64).reshape(-1, 1))  # [B, 1]
@@ -667,8 +656,8 @@ def crop_box(u, height, width, scale=(0.2, 1.0)):
     """The random resized crop's box, float32 [B, 4] = top, left, height, width in pixels.
 
     As in torchvision: area uniform in `scale` (share of the image), log aspect ratio uniform in
-    3/4 .. 4/3, position uniform; of ten tries the first that fits counts; if none does, the largest
-    box of such a shape. u: [B, U]. (In NumPy, which is quickest for one image in a worker.)"""
+    3/4 .. 4/3, position uniform; of ten tries the first that fits counts, else the largest box of
+    such a ratio. u: [B, U]. (In NumPy, which is quickest for one image in a worker.)"""
     u = u.numpy()
     area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * float(height * width)    # [B, 10]
     ratio = np.exp((2 * u[:, RATIO] - 1) * math.log(4 / 3))             # [B, 10], width / height
@@ -677,8 +666,8 @@ def crop_box(u, height, width, scale=(0.2, 1.0)):
     fits = (h <= height) & (w <= width)
     rows = np.arange(len(u))
     first = fits.argmax(axis=1)                                         # [B], 0 if none fits
-    h = np.where(fits, h, min(height, width * 4 / 3))[rows, first]      # [B]
-    w = np.where(fits, w, min(width, height * 4 / 3))[rows, first]      # [B]
+    h = np.where(fits, h, min(height, width * 4 / 3))[rows, first]      # [B], of the first try
+    w = np.where(fits, w, min(width, height * 4 / 3))[rows, first]      # [B]  that fits
     box = np.stack([u[:, TOP] * (height - h), u[:, LEFT] * (width - w), h, w], axis=1)    # [B, 4]
     return torch.from_numpy(box.astype(np.float32))
 
@@ -725,7 +714,7 @@ def adjust_hue(images, shift):
 def gaussian_blur(images, sigma):
     """Blur images [B, 3, H, W], sides above 6, by sigma [B] pixels; borders are mirrored."""
     offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
-    kernel = torch.softmax(-0.5 * (offset / sigma[:, None]) ** 2, dim=1)    # [B, 13], sums to 1
+    kernel = torch.softmax(-0.5 * (offset / sigma[:, None]) ** 2, dim=1)    # [B, 13], a Gaussian
     kernel = kernel.repeat_interleave(3, dim=0)[:, None]                # [3B, 1, 13], by channel
     x = F.pad(images, [BLUR_RADIUS] * 4, mode="reflect")                # [B, 3, H+12, W+12]
     x = x.flatten(0, 1)[None]                                           # [1, 3B, H+12, W+12]
@@ -754,8 +743,7 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
 
     Args: images: uint8 [B, 3, H, W], or float in [0, 1], on any device.
         u: float [B, U] from `uniforms`, on the CPU; size: S, side of the view in pixels, None: H.
-        scale: share of the image that a crop covers (SwAV teachers: 0.14-1); None: the images are
-            crops already and stay as large as they are.
+        scale: share of the image that a crop covers; None: the images are crops already.
         blur: whether to blur (off for small images, as in MoCo's CIFAR demonstration).
     Returns: float32 [B, 3, S, S], normalized. Raises: ValueError for shapes that do not fit."""
     if images.ndim != 4 or images.shape[1] != 3 or u.shape != (len(images), UNIFORMS):
@@ -767,12 +755,13 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
     if scale is not None:
         box = crop_box(u, x.shape[2], x.shape[3], scale).to(x.device, non_blocking=True)
         x = crop_and_resize(x, box, size or x.shape[2])                 # [B, 3, S, S]
+    # Found on the CPU, because nonzero() on a GPU would wait for it.
     blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(x.device, non_blocking=True)
     u = u.to(x.device, non_blocking=True)[:, :, None, None, None]       # u[:, FLIP]: [B, 1, 1, 1]
     x = torch.where(u[:, FLIP] < FLIP_P, x.flip(3), x)
 
     jittered = (u[:, JITTER] < JITTER_P).float()[:, None]               # [B, 1, 1, 1, 1], 0 or 1
-    factor = 1 + JITTER_STRENGTH * jittered * (2 * u - 1)               # 0.6 .. 1.4, or 1
+    factor = 1 + JITTER_STRENGTH * jittered * (2 * u - 1)               # 0.6 .. 1.4, or 1; 3 used
     x = (x * factor[:, BRIGHTNESS]).clamp_(0, 1)
     mean_gray = rgb_to_grayscale(x).mean((2, 3), keepdim=True)          # [B, 1, 1, 1]
     x = torch.lerp(mean_gray, x, factor[:, CONTRAST]).clamp_(0, 1)
@@ -800,16 +789,15 @@ class TinyNetwork(nn.Module):
 
 
 def toy():
-    """Distil a random network into a smaller one, on noisy copies of 20 points."""
+    """Distil a random network into a smaller one, on noisy copies of 300 points."""
     torch.manual_seed(0)
-    points = torch.randn(20, 32)
+    points = torch.randn(300, 32)
     teacher = TinyNetwork(hidden=256)
     student = TinyNetwork(hidden=64)
     method = SEED(student, teacher, queue_size=1024)                    # default temperatures
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5, momentum=0.9)
-    print("step   loss  loss of a copy     KL  entropy  self prob  top-1 agreement  queue filled")
     for step in range(301):
-        views = [points[torch.randint(20, (128,))] + 0.3 * torch.randn(128, 32)]
+        views = [points[torch.randint(300, (128,))] + 0.3 * torch.randn(128, 32)]
         z_t = method.targets(views)
         z_s = method(views)
         loss = method.loss(z_s, z_t)
@@ -817,12 +805,11 @@ def toy():
         loss.backward()
         optimizer.step()
         if step in (0, 3, 10, 30, 100, 300):
-            log = {name: value.item() for name, value in method.diagnostics(z_s, z_t).items()}
-            print(f"{step:4d}  {loss:5.2f}  {log['loss_of_a_copy']:14.2f}  {log['kl']:5.2f}  "
-                  f"{log['entropy']:7.2f}  {log['self_prob']:9.2f}  {log['top1_agreement']:15.0%}  "
-                  f"{log['queue_filled']:12.0%}")
+            found = method.diagnostics(z_s, z_t)
+            values = "  ".join(f"{name} {value:.2f}" for name, value in found.items())
+            print(f"step {step:3d}  loss {loss:.2f}  {values}")
         method.after_step(z_t)
-    print("\nThe loss does not go to 0 but to that of a copy of the teacher: `seed_loss` says why.")
+    print("\nThe loss comes down to about that of a copy of the teacher, not to 0: see seed_loss.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Train a small network by SEED; or by MoCo-v2 or with labels, to compare.
 
-    torchrun train.py --arch mobilenet_v3_large                      # built-in shapes, any laptop
-    python train.py --arch mobilenet_v3_large                        # the same without torchrun
+    python train.py --arch mobilenet_v3_large                        # built-in shapes, any laptop
     torchrun train.py --dataset cifar10 --arch mobilenet_v3_large    # makes a MoCo-v2 teacher first
     torchrun --nproc_per_node=8 train.py --dataset imagenet --data /imagenet \\
         --arch mobilenet_v3_large --teacher moco_v2_800ep_pretrain.pth.tar      # eight GPUs
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
@@ -38,46 +38,58 @@ from probe import (DATASETS, SMALL, Parser, RandomCrops, evaluate, init_distribu
 from seed import (SEED, Encoder, InputError, MoCo, Supervised, augment, load_teacher,
                   rank_and_world_size, read_checkpoint, save_encoder, save_file, uniforms)
 
-PUBLISHED_TEACHER = ("https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/"
-                     "moco_v2_800ep_pretrain.pth.tar")
 METHOD_NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
 LOG_EVERY = 10                  # steps from one row of log.csv to the next
 KNN_LIMIT = 10_000              # images of a split that kNN looks at during training
 
 # ------------------------------------------------------------------------------- recipes and flags
-# What suits a data set, and under a method's name what that method changes. Flags override both.
-# ImageNet's settings are the paper's. `lr` is for a batch of 256, and scaled with the batch.
+# PAPER holds for images above 64 px (ImageNet, folders); RECIPES change it for a data set,
+# METHOD_CHANGES for a method on it; flags override all. `lr` is for a batch of 256.
 PAPER = dict(
     image_size=224, small_images=False, crop_scale=(0.2, 1.0), blur=True, dim=128, hidden_dim=None,
     epochs=200, warmup_epochs=5, batch_size=256, lr=0.03, weight_decay=1e-4, queue_size=65536,
     tau_s=0.2, tau_t=0.01, key_momentum=0.999, eval_every=10, teacher_arch="resnet50",
     teacher_method="moco", teacher_epochs=200, view_epochs=None)
-SMALL_IMAGES = {**PAPER, **dict(
+TO_64_PX = dict(
     image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, lr=0.1, queue_size=2048,
-    eval_every=5, teacher_arch="resnet18", teacher_epochs=12)}
+    eval_every=5, teacher_arch="resnet18", teacher_epochs=12)
 RECIPES = {
-    "shapes": {
-        **SMALL_IMAGES, **dict(epochs=14, teacher_epochs=8, teacher_method="supervised"),
-        "seed": dict(lr=0.4, tau_t=0.05),
-        "moco": dict(lr=0.06, queue_size=256, key_momentum=0.99)},
-    "cifar": {
-        **SMALL_IMAGES, **dict(small_images=True, epochs=200, warmup_epochs=5, batch_size=256,
-                               queue_size=4096, eval_every=20, teacher_epochs=200),
-        "seed": dict(lr=0.2),
-        "moco": dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1),
-        "supervised": dict(weight_decay=5e-4)},
-    "folder, to 64 px": {
-        **SMALL_IMAGES,
-        "seed": dict(tau_t=0.05),
-        "moco": dict(lr=0.06, key_momentum=0.99)},
-    "imagenet, folder": PAPER,
+    "shapes": {**TO_64_PX, **dict(epochs=14, teacher_epochs=8, teacher_method="supervised")},
+    "cifar": {**TO_64_PX, **dict(small_images=True, epochs=200, warmup_epochs=5, batch_size=256,
+                                 queue_size=4096, eval_every=20, teacher_epochs=200)},
+    "folder, to 64 px": TO_64_PX,
+    "imagenet, folder": {},
 }
-# Flags of --method alone, not of its teacher and rivals; flags that may change before a run goes
-# on; numbers that may be 0.
-OF_THE_METHOD = "lr weight_decay queue_size tau_s tau_t dim hidden_dim view_epochs".split()
-MAY_CHANGE = ("workers device data out teacher eval_every max_steps compare compile teacher_cache "
-              "profile").split()
-MAY_BE_ZERO = "weight_decay warmup_epochs hidden_dim workers eval_every seed".split()
+METHOD_CHANGES = {
+    ("shapes", "seed"): dict(lr=0.4, tau_t=0.05),
+    ("shapes", "moco"): dict(lr=0.06, queue_size=256, key_momentum=0.99),
+    ("cifar", "seed"): dict(lr=0.2),
+    ("cifar", "moco"): dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1),
+    ("cifar", "supervised"): dict(weight_decay=5e-4),
+    ("folder, to 64 px", "seed"): dict(tau_t=0.05),
+    ("folder, to 64 px", "moco"): dict(lr=0.06, key_momentum=0.99),
+}
+OF_THE_METHOD = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim",
+                 "view_epochs")                 # flags that its teacher and rivals do not take over
+MAY_CHANGE = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps", "compare",
+              "compile", "teacher_cache", "profile")            # when a run goes on
+MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed")
+
+
+def recipe_of(dataset, image_size):
+    """The name of the recipe for a data set."""
+    if dataset == "shapes":
+        return "shapes"
+    if dataset.startswith("cifar"):
+        return "cifar"
+    if dataset == "folder" and image_size and image_size <= SMALL:
+        return "folder, to 64 px"
+    return "imagenet, folder"
+
+
+def defaults(recipe, method):
+    """The settings of a method on a data set, before any flag."""
+    return {**PAPER, **RECIPES[recipe], **METHOD_CHANGES.get((recipe, method), {})}
 
 
 def parse_args(argv=None):
@@ -122,7 +134,7 @@ def parse_args(argv=None):
     flag("--compile", action="store_true", help="torch.compile the networks; pays in long runs")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--eval-every", type=int, help="epochs from one kNN evaluation to the next; 0: none")
-    flag("--compare", action="store_true", help="train the same student by the other methods, too")
+    flag("--compare", action="store_true", help="also train it by MoCo-v2 and with labels")
     flag("--profile", action="store_true", help="only time some steps, in parts")
     return parser.parse_args(argv)
 
@@ -132,29 +144,25 @@ def recipe_table():
     lines = ["defaults by data set, for --method seed:",
              f"  {'':16s}" + "".join(f"{name:>18s}" for name in RECIPES)]
     for key in PAPER:
-        values = [recipe.get("seed", {}).get(key, recipe[key]) for recipe in RECIPES.values()]
-        lines.append(f"  {key:16s}" + "".join(f"{str(value):>18s}" for value in values))
+        values = [str(defaults(recipe, "seed")[key]) for recipe in RECIPES]
+        lines.append(f"  {key:16s}" + "".join(f"{value:>18s}" for value in values))
     return "\n".join(lines)
 
 
 def make_config(args, method, **changes):
-    """All settings of one stage: recipe, what the method changes in it, flags, `changes`."""
-    recipe = "cifar" if args.dataset.startswith("cifar") else args.dataset
-    if recipe in ("imagenet", "folder"):
-        small = recipe == "folder" and (args.image_size or 224) <= SMALL
-        recipe = "folder, to 64 px" if small else "imagenet, folder"
-    settings = {**vars(args), **{key: RECIPES[recipe][key] for key in PAPER}}
-    settings.update(RECIPES[recipe].get(method, {}))
+    """All settings of one stage: the defaults, the flags, `changes`."""
+    settings = {**vars(args), **defaults(recipe_of(args.dataset, args.image_size), method)}
     for key, value in vars(args).items():
         if value is not None and (method == args.method or key not in OF_THE_METHOD):
             settings[key] = value
     cfg = argparse.Namespace(**{**settings, "method": method, **changes})
     for key, value in vars(cfg).items():
+        least = "at least" if key in MAY_BE_ZERO else "above"
         is_number = type(value) in (int, float)
-        if is_number and not 0 < value < math.inf and (value != 0 or key not in MAY_BE_ZERO):
-            raise InputError(f"--{key.replace('_', '-')} must be above 0, got {value}")
-    if args.teacher_cache and args.method != "seed":
-        raise InputError("--teacher-cache is for --method seed; the others have no teacher")
+        if is_number and (not 0 <= value < math.inf or (value == 0 and least == "above")):
+            raise InputError(f"--{key.replace('_', '-')} must be {least} 0, got {value}")
+    if args.method != "seed" and (args.teacher or args.teacher_cache):
+        raise InputError("--teacher and --teacher-cache are for --method seed")
     cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 2)
     cfg.out = cfg.out or f"runs/{cfg.dataset}-{cfg.method}-{cfg.arch}"
     if cfg.workers is None:
@@ -190,17 +198,18 @@ def samples_of_step(step, num_images, cfg, rank=0, world_size=1):
     return epoch % (cfg.view_epochs or cfg.epochs), batch[rank::world_size]
 
 
-def read_images(split, cfg, device, num_views, steps):
-    """For each step: epoch, image numbers [B], and for each view uint8 [B, 3, H, W] on the device.
+def images_in_memory(split, cfg, device, num_views, planned):
+    """For each planned (epoch, samples [B]): these, and for each view uint8 [B, 3, H, W]. Decoded
+    images lie on the device, and a batch is an index."""
+    pixels = split.pixels.to(device)
+    for epoch, samples in planned:
+        index = torch.from_numpy(samples).to(device, non_blocking=True)
+        yield epoch, samples, [pixels[index]] * num_views
 
-    Decoded images lie on the device, and a batch is an index; from disk, workers send crops."""
-    planned = (samples_of_step(step, len(split), cfg, *rank_and_world_size()) for step in steps)
-    if split.pixels is not None:
-        pixels = split.pixels.to(device)
-        for epoch, samples in planned:
-            index = torch.from_numpy(samples).to(device, non_blocking=True)
-            yield epoch, samples, [pixels[index]] * num_views
-        return
+
+def images_from_disk(split, cfg, device, num_views, planned):
+    """The same for images on disk, of which workers send crops, uint8 [B, 3, S, S]. What a worker
+    is asked for is (epoch, sample), and not an index alone: the crop depends on both."""
     items = ([(epoch, int(sample)) for sample in samples] for epoch, samples in planned)
     crops = RandomCrops(split.files, cfg.image_size, num_views, cfg.seed, cfg.crop_scale)
     loader = DataLoader(crops, batch_sampler=items, num_workers=cfg.workers,
@@ -211,18 +220,21 @@ def read_images(split, cfg, device, num_views, steps):
 
 def batches(split, cfg, device, num_views, steps):
     """A Batch for each step. All that follows the crop happens on the device, a batch at once."""
-    scale = None if split.pixels is None else cfg.crop_scale    # crops from disk are cut already
-    images = read_images(split, cfg, device, num_views, steps)
+    planned = (samples_of_step(step, len(split), cfg, *rank_and_world_size()) for step in steps)
+    on_disk = split.pixels is None
+    read = images_from_disk if on_disk else images_in_memory
+    images = read(split, cfg, device, num_views, planned)
+    scale = None if on_disk else cfg.crop_scale                 # from disk they are crops already
     for _ in steps:
         start = time.perf_counter()
         with record_function("reading"):
             epoch, samples, sources = next(images)
         views = []
         with record_function("augmentation"):
-            for view, source in enumerate(sources):
-                u = uniforms(cfg.seed, epoch, samples, view)
-                x = augment(source, u, cfg.image_size, scale, cfg.blur)
-                views.append(x.contiguous(memory_format=torch.channels_last))
+            for number, source in enumerate(sources):
+                u = uniforms(cfg.seed, epoch, samples, number)
+                view = augment(source, u, cfg.image_size, scale, cfg.blur)
+                views.append(view.contiguous(memory_format=torch.channels_last))
         labels = split.labels
         if labels is not None:
             labels = labels[samples].to(device, non_blocking=True)
@@ -245,7 +257,7 @@ def build(cfg, data, device, teacher=None):
     return encoder, method.to(device, memory_format=torch.channels_last).train()
 
 
-def distribute(method, cfg):
+def compile_and_distribute(method, cfg):
     """The method as the loop calls it: compiled if asked for, gradients averaged over processes."""
     for network in method.children():
         if cfg.compile and hasattr(network, "dim"):             # not the queue
@@ -256,8 +268,8 @@ def distribute(method, cfg):
 
 
 def network_dtype(cfg, device, frozen=False):
-    """The dtype that networks compute in. On a CPU with units for bf16 (AMX), a frozen network is
-    twice as fast in it, but for layers as small as at 32 px; a network in training is slower."""
+    """The dtype that networks compute in. On a CPU with bf16 units (AMX) a frozen network is twice
+    as fast in bf16, unless its images are tiny; a network in training is slower."""
     if cfg.precision != "auto":
         return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.precision]
     if device.type == "cuda":
@@ -283,12 +295,6 @@ def lr_at(step, cfg, steps_per_epoch):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def step_seed(step, cfg):
-    """A seed for what networks draw (dropout, MoCo's shuffle): another in each step and process."""
-    rank, world_size = rank_and_world_size()
-    return ((cfg.seed * 2**32 + step) * world_size + rank) % 2**63
-
-
 def train(cfg, data, device, teacher=None):
     """Train one network by `cfg.method`, from where its folder was left; returns the seconds."""
     encoder, method = build(cfg, data, device, teacher)
@@ -298,21 +304,24 @@ def train(cfg, data, device, teacher=None):
     target_dtype = network_dtype(cfg, device, frozen=cfg.method == "seed")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     folder = RunFolder(cfg, data, encoder, method, optimizer, scaler, teacher)
-    first_step, seconds = folder.resume()
+    first_step, seconds = folder.open()
     steps_per_epoch = len(data.train) // cfg.batch_size
     last_step = min(cfg.epochs * steps_per_epoch, cfg.max_steps or math.inf)
     if first_step >= last_step:
         print0(f"finished before, after {first_step} steps; delete {cfg.out} to train anew")
         return seconds
-    cache = TeacherCache(cfg, data, method, target_dtype) if cfg.teacher_cache else None
-    model = distribute(method, cfg)
+    use_cache = cfg.teacher_cache and teacher
+    cache = TeacherCache(cfg, data, method, target_dtype) if use_cache else None
+    model = compile_and_distribute(method, cfg)
     clock = Clock(seconds)
+    rank, world_size = rank_and_world_size()
     steps = range(first_step, last_step)
     for step, batch in zip(steps, batches(data.train, cfg, device, method.views_per_image, steps)):
         lr = lr_at(step, cfg, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(step_seed(step, cfg))
+        # For dropout and MoCo's shuffle: other numbers in each step, process and run.
+        torch.manual_seed(((cfg.seed * 2**32 + step) * world_size + rank) % 2**63)
         with record_function("teacher"), autocast(device, target_dtype):
             targets = cache.targets(batch) if cache else method.targets(batch.views, batch.labels)
         with record_function("student"), autocast(device, dtype):
@@ -331,9 +340,10 @@ def train(cfg, data, device, teacher=None):
         should_save = steps_done % steps_per_epoch == 0 or steps_done == last_step
         should_log = should_save or steps_done % LOG_EVERY == 0
         if should_log:                                          # with the queue that the loss saw
+            row = dict(step=steps_done, epoch=steps_done / steps_per_epoch, lr=lr)
             values = {"loss": loss, **method.diagnostics(outputs, targets)}
-            row = {"step": steps_done, "epoch": steps_done / steps_per_epoch, "lr": lr,
-                   **mean_of_ranks(values, steps_done), **clock.stop(cfg.batch_size), "knn": None}
+            row.update(mean_of_ranks(values, steps_done))       # waits for the device
+            row.update(clock.lap(cfg.batch_size), knn=None)
         method.after_step(targets)                              # only now the queue moves on
         if should_log and is_main_process():
             if data.has_labels and cfg.eval_every and row["epoch"] % cfg.eval_every == 0:
@@ -341,7 +351,7 @@ def train(cfg, data, device, teacher=None):
                 row["knn"] = scores["knn"]
             folder.write_row(row, last_step)
             if should_save:
-                folder.save(steps_done, clock.seconds)
+                folder.save(steps_done, row["epoch"], clock.seconds)
         if should_log:
             clock.start()
     return clock.seconds
@@ -375,7 +385,7 @@ class Clock:
         self.steps += 1
         self.waited += batch.wait
 
-    def stop(self, batch_size):
+    def lap(self, batch_size):
         """Speed since the start, and the share of time in which the next batch was not there."""
         took = time.perf_counter() - self.started
         self.seconds += took
@@ -384,9 +394,9 @@ class Clock:
 
 # ------------------------------------------------------------------------------ what stays on disk
 def run_identity(cfg, data):
-    """What makes a run this run and no other: settings and data, as JSON keeps them."""
+    """What makes a run this run and no other: its settings and data."""
     settings = {key: value for key, value in vars(cfg).items() if key not in MAY_CHANGE}
-    return json.loads(json.dumps({**settings, "data_fingerprint": data.fingerprint}))
+    return {**settings, "data_fingerprint": data.fingerprint}
 
 
 def differences(saved, current):
@@ -412,9 +422,9 @@ def read_last(out, identity):
                              "another --out, or delete it")
         return None
     saved = read_checkpoint(path)
-    if "identity" not in saved:
+    if not isinstance(saved.get("identity"), dict):             # also the first version's
         raise InputError(f"{path} is not a run's checkpoint; name another --out, or delete it")
-    other = differences(json.loads(saved["identity"]), identity)
+    other = differences(saved["identity"], identity)
     if other:
         raise InputError(f"{out} holds a run with other settings ({other}); name another --out")
     return saved
@@ -433,8 +443,8 @@ class RunFolder:
         self.identity["teacher"] = fingerprint(teacher) if teacher else None
         self.printed = 0.0
 
-    def resume(self):
-        """Load last.pt, and cut log.csv to match: (steps done, seconds); (0, 0.0) if it is new."""
+    def open(self):
+        """Load last.pt, or make the folder: (steps done, seconds spent)."""
         out = Path(self.cfg.out)
         saved = read_last(out, self.identity)
         if saved is None:
@@ -452,9 +462,9 @@ class RunFolder:
         if saved["scaler"]:                                     # empty but for fp16
             self.parts["scaler"].load_state_dict(saved["scaler"])
         if is_main_process() and (out / "log.csv").exists():    # later rows are computed again
-            header, *rows = (out / "log.csv").read_text().splitlines()
-            rows = [row for row in rows if int(row.split(",")[0]) <= saved["step"]]
-            (out / "log.csv").write_text("\n".join([header, *rows]) + "\n")
+            lines = (out / "log.csv").read_text().splitlines(keepends=True)
+            kept = [line for line in lines[1:] if int(line.split(",")[0]) <= saved["step"]]
+            (out / "log.csv").write_text("".join(lines[:1] + kept))
         return saved["step"], saved["seconds"]
 
     def write_row(self, row, last_step):
@@ -462,71 +472,62 @@ class RunFolder:
         path = Path(self.cfg.out, "log.csv")
         texts = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
         with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
+            writer = csv.DictWriter(file, list(row))
             if path.stat().st_size == 0:
                 writer.writeheader()
             writer.writerow(texts)
-        is_due = time.perf_counter() - self.printed > 10
-        if is_due or row["knn"] is not None or row["step"] == last_step:
-            print(progress(row, self.cfg, last_step), flush=True)
-            self.printed = time.perf_counter()
+        is_due = row["knn"] is not None or row["step"] == last_step
+        if not is_due and time.perf_counter() - self.printed < 10:
+            return
+        self.printed = time.perf_counter()
+        left = int((last_step - row["step"]) * self.cfg.batch_size / row["images_per_s"])
+        copy = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
+        knn = f"  kNN {row['knn']:.1f}%" if row["knn"] is not None else ""
+        print(f"{row['step'] / last_step:4.0%}  epoch {row['epoch']:.1f}/{self.cfg.epochs}  "
+              f"loss {row['loss']:.3f}{copy}  lr {row['lr']:.3g}  "
+              f"{row['images_per_s']:.0f} images/s  waiting {row['waiting']:.0%}  "
+              f"ETA {left // 60}:{left % 60:02d}{knn}", flush=True)
 
-    def save(self, steps_done, seconds):
+    def save(self, steps_done, epochs, seconds):
         """Write encoder.pt, then last.pt: a run that calls itself finished has its encoder."""
-        epochs = steps_done // (len(self.data.train) // self.cfg.batch_size)
-        provenance = f"{METHOD_NAMES[self.cfg.method]}, {epochs} epochs on {self.data.name}"
+        provenance = f"{METHOD_NAMES[self.cfg.method]}, {epochs:.3g} epochs on {self.data.name}"
         used_labels = self.cfg.method == "supervised"
         if self.teacher:
             provenance += f", teacher: {self.teacher.provenance}"
             used_labels = self.teacher.used_labels
         save_encoder(Path(self.cfg.out, "encoder.pt"), self.encoder, provenance, used_labels)
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        for name in [name for name in state["method"] if name.startswith("teacher.")]:
-            del state["method"][name]                           # frozen: its fingerprint will do
-        state.update(step=steps_done, seconds=seconds, identity=json.dumps(self.identity))
+        state["method"] = {name: value for name, value in state["method"].items()
+                           if not name.startswith("teacher.")}  # frozen: its fingerprint will do
+        state.update(step=steps_done, seconds=seconds, identity=self.identity)
         save_file(Path(self.cfg.out, "last.pt"), state)
 
 
-def progress(row, cfg, last_step):
-    """A row of the log in a line."""
-    left = int((last_step - row["step"]) * cfg.batch_size / row["images_per_s"])
-    copy = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
-    knn = f"  kNN {row['knn']:.1f}%" if row["knn"] is not None else ""
-    return (f"{row['step'] / last_step:4.0%}  epoch {row['epoch']:.1f}/{cfg.epochs}  loss "
-            f"{row['loss']:.3f}{copy}  lr {row['lr']:.3g}  {row['images_per_s']:.0f} images/s  "
-            f"waiting {row['waiting']:.0%}  ETA {left // 60}:{left % 60:02d}{knn}")
-
-
 class TeacherCache:
-    """The teacher's embeddings of views, kept on disk for the next student or temperature.
-
-    A view depends on (seed, epoch, image) alone, so what the teacher says of it can be kept.
-    DIR/z.float32 is memory-mapped, float32 [E, N, D]; a row counts only if its norm is 1 (not
-    written yet, or torn by a kill: computed). DIR/fingerprint.json says of whom and of what."""
+    """The teacher's embeddings of views, kept in DIR/z.float32 [E, N, D] for the next student: a
+    view depends on (seed, epoch, image) alone. A row whose norm is not 1 was never written, or half
+    written at a kill: it is computed. DIR/fingerprint.pt tells whose embeddings these are."""
 
     def __init__(self, cfg, data, method, dtype):
+        self.method = method
         path = Path(cfg.teacher_cache)
-        identity = run_identity(cfg, data)
-        current = {key: identity[key] for key in ("dataset", "data_fingerprint", "seed", "subset",
-                                                  "image_size", "crop_scale", "blur")}
+        keys = ("dataset", "data_fingerprint", "seed", "subset", "image_size", "crop_scale", "blur")
+        current = {key: value for key, value in run_identity(cfg, data).items() if key in keys}
         current.update(teacher=fingerprint(method.teacher), precision=str(dtype))
         epochs = min(cfg.view_epochs or cfg.epochs, cfg.epochs)
         shape = (epochs, len(data.train), method.teacher.dim)
-        size = 4 * math.prod(shape)
         with main_process_first():
             path.mkdir(parents=True, exist_ok=True)
-            if not Path(path, "fingerprint.pt").exists():
+            if not (path / "fingerprint.pt").exists():
                 save_file(path / "fingerprint.pt", current)
             other = differences(read_checkpoint(path / "fingerprint.pt"), current)
-            Path(path, "z.float32").touch()
-            used = 512 * getattr(Path(path, "z.float32").stat(), "st_blocks", 0)
-            if other or size > shutil.disk_usage(path).free + used:
-                problem = f"holds other embeddings ({other})" if other else "is on too small a disk"
-                raise InputError(f"--teacher-cache {path} {problem}; name another folder, or lower "
-                                 f"--view-epochs (it takes {size / 1e9:.2f} GB)")
+            (path / "z.float32").touch()
+            stat = (path / "z.float32").stat()
+            room = shutil.disk_usage(path).free + 512 * getattr(stat, "st_blocks", 0)
+            if other or 4 * math.prod(shape) > room:
+                problem = f"holds other embeddings ({other})" if other else "has no room left"
+                raise InputError(f"--teacher-cache {path} {problem}; name another folder")
             self.rows = np.memmap(path / "z.float32", np.float32, "r+", shape=shape)
-        self.method = method
-        print0(f"  teacher cache: {' x '.join(map(str, shape))} float32, {size / 1e9:.2f} GB")
 
     def targets(self, batch):
         """The teacher's embeddings [B, D] for a Batch; from the disk if all of them are there."""
@@ -539,7 +540,7 @@ class TeacherCache:
 
 
 # ------------------------------------------------------------------------------------------ stages
-def check_settings(cfg, data):
+def fit_to_data(cfg, data):
     """Refuse what cannot work before anything is trained; shorten a queue that is too long."""
     world_size = rank_and_world_size()[1]
     images = len(data.train)
@@ -551,9 +552,8 @@ def check_settings(cfg, data):
     if cfg.method == "supervised" and not data.classes:
         raise InputError(f"training with labels needs them, and {cfg.data} has none; use class "
                          "folders, or --teacher-method moco")
-    if cfg.queue_size > images and not cfg.profile:
-        if cfg.method != "supervised":
-            print0(f"note: the queue of {cfg.queue_size:,} is cut to the {images:,} images")
+    if cfg.queue_size > images and cfg.method != "supervised" and not cfg.profile:
+        print0(f"note: the queue of {cfg.queue_size:,} is cut to the {images:,} images")
         cfg.queue_size = images
     folder = Path(cfg.data).resolve()
     is_flat = cfg.dataset == "folder" and not (folder / "train").is_dir()
@@ -587,15 +587,14 @@ def get_teacher(args, cfg, data, device):
 def train_teacher(args, cfg, data, device):
     """Stage 1: a teacher, kept in a folder named after all that makes it; its file and seconds."""
     if cfg.dataset == "imagenet":
-        raise InputError(f"no --teacher: use a published one, --teacher {PUBLISHED_TEACHER}, or "
-                         "train one for some days: torchrun --nproc_per_node=8 train.py --method "
-                         f"moco --arch resnet50 --dataset imagenet --data {cfg.data}")
+        raise InputError("no --teacher: use a published one, such as MoCo-v2's (README has the "
+                         "address), or train one for days, by --method moco --arch resnet50")
     teacher_cfg = make_config(args, cfg.teacher_method, arch=cfg.teacher_arch, dim=cfg.dim,
                               hidden_dim=None, epochs=cfg.teacher_epochs)
     identity = json.dumps([run_identity(teacher_cfg, data), cfg.max_steps], sort_keys=True)
     name = f"{cfg.dataset}-{cfg.teacher_method}-{cfg.teacher_arch}"
     teacher_cfg.out = f"runs/teachers/{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    check_settings(teacher_cfg, data)
+    fit_to_data(teacher_cfg, data)
     if Path(cfg.out, "last.pt").exists() and not Path(teacher_cfg.out, "last.pt").exists():
         raise InputError(f"{cfg.out} holds a student of another teacher than these settings would "
                          "train; name that one with --teacher, or another --out")
@@ -608,9 +607,10 @@ def train_teacher(args, cfg, data, device):
 
 def print_settings(cfg, data):
     """Print the settings of a stage, and the loss of chance."""
-    hidden = ("method", "arch", "out", "compare", "profile", "data", "dataset")
-    words = [f"{key}={value}" for key, value in sorted(vars(cfg).items())
-             if value is not None and not key.startswith(("teacher", *hidden))]
+    settings = {key: value for key, value in sorted(vars(cfg).items()) if value is not None}
+    for key in ("method", "arch", "out", "compare", "profile", "data", "dataset"):
+        settings.pop(key, None)                                 # said elsewhere
+    words = [f"{key}={value}" for key, value in settings.items()]
     print0(textwrap.fill(" ".join(words), 98, initial_indent="  ", subsequent_indent="  "))
     entries = len(data.classes) if cfg.method == "supervised" else cfg.queue_size + 1
     print0(f"  chance among {entries:,} entries: a loss of {math.log(entries):.2f}")
@@ -620,16 +620,17 @@ def profile(cfg, data, device, teacher):
     """Time some real steps by torch.profiler, in a folder that is thrown away; leave the trace."""
     profiler = torch.profiler.profile()
     with tempfile.TemporaryDirectory() as folder, profiler:
-        settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0}
+        settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0,
+                    "teacher_cache": None}
         train(argparse.Namespace(**settings), data, device, teacher)
     networks = ("teacher", "student", "backward", "update")
     stages = ("reading", "augmentation", "loss", *networks)
-    events = [event for event in profiler.events() if event.name in stages]
+    events = [e for e in profiler.events() if e.name in stages and e.device_type == DeviceType.CPU]
     starts = [event.time_range.start for event in events if event.name == "reading"]
     ms = {"whole step": np.median(np.diff(sorted(starts))) / 1e3}
     for stage in stages:
-        ms[stage] = np.median([max(event.cpu_time_total, event.device_time_total)
-                               for event in events if event.name == stage]) / 1e3
+        times = [max(e.cpu_time_total, e.device_time_total) for e in events if e.name == stage]
+        ms[stage] = np.median(times) / 1e3
     ms["networks"] = sum(ms[stage] for stage in networks)
     print0(f"\n{'':14s}ms a step   share  images/s")
     for name, value in ms.items():
@@ -654,34 +655,30 @@ def main(argv=None):
            f"{network_dtype(cfg, device)} on {device.type}")
     torch.manual_seed(cfg.seed)
     untrained = Encoder(cfg.arch, cfg.dim, cfg.hidden_dim, cfg.small_images, cfg.image_size)
-    rows = [dict(name=f"{cfg.arch}, untrained", encoder=untrained, seconds=None, labels="no")]
+    rows = [dict(name=f"{cfg.arch}, untrained", encoder=untrained, seconds=None)]
     students = [cfg]
     if args.compare:
         rivals = ["moco", "supervised"] if data.classes else ["moco"]
         students += [make_config(args, rival, out=f"{cfg.out}/{rival}") for rival in rivals
                      if rival != cfg.method]
     for student in students:
-        check_settings(student, data)
+        fit_to_data(student, data)
 
     teacher = None
-    labels = dict(moco="no", supervised="yes")
     if cfg.method == "seed":
         teacher, seconds = get_teacher(args, cfg, data, device)
         cfg.dim = teacher.dim
         print0(f"\nteacher: {teacher.provenance}, {label_use(teacher.used_labels)}")
-        used = {True: "yes", False: "no", None: "unknown"}[teacher.used_labels]
-        labels["seed"] = "by its teacher" if teacher.used_labels else used
-        rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds,
-                         labels=used))
+        rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds))
+    if args.profile:
+        print_settings(cfg, data)
+        return profile(cfg, data, device, teacher)
     for student in students:
         name = f"{student.arch} by {METHOD_NAMES[student.method]}"
         print0(f"\n{'stage 2: ' if student.method == 'seed' else ''}{name}, in {student.out}")
         print_settings(student, data)
-        if args.profile:
-            return profile(student, data, device, teacher)
         seconds = train(student, data, device, teacher if student.method == "seed" else None)
-        rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=seconds,
-                         labels=labels[student.method]))
+        rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=seconds))
     if dist.is_initialized():
         dist.destroy_process_group()
     if is_main_process():
@@ -692,8 +689,8 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as e:
-        if not is_main_process():                               # the main process speaks, unless
-            time.sleep(5)                                       # only this one knows
+        if not is_main_process():                               # let the main process say it first:
+            time.sleep(5)                                       # it ends this one, too
         print(one_line(e), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
