@@ -244,8 +244,8 @@ class SEED(nn.Module):
         super().__init__()
         dim_s, dim_t = [getattr(network, "dim", None) for network in (student, teacher)]
         if dim_s is None or dim_s != dim_t:
-            raise ValueError(f"student.dim is {dim_s} and teacher.dim is {dim_t}; both need dim, the "
-                             "width of their embeddings, and it must be the same")
+            raise ValueError(f"student.dim is {dim_s} and teacher.dim is {dim_t}; both need a dim, "
+                             "the width of their embeddings, and it must be the same")
         self.student = student
         self.teacher = teacher.requires_grad_(False)
         self.queue = FeatureQueue(queue_size, teacher.dim)

@@ -1,16 +1,23 @@
-"""What must be true of SEED, as lessons.  `pytest` runs them all on the CPU, without network, in a few minutes.
+"""What must be true of SEED. `pytest` runs all tests on the CPU, without network.
 
-Each test's name is a sentence; its docstring says what would go wrong in a real run if it failed.  Where it can, a
-test computes the same thing again in a slow and obvious way (loops, float64, Pillow, torchvision) and compares.
+Each test's name is a sentence; its docstring says what would go wrong in a real run if it failed.
+Where possible, a test computes the same thing again in a slow and obvious way (loops in float64,
+Pillow, torchvision), and compares.
 """
+import argparse
+import ast
 import collections
 import copy
 import csv
 import dataclasses
+import doctest
+import inspect
 import json
 import math
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,1612 +37,3542 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import probe
 import seed
 import train
-from probe import Pictures, evaluate, knn, linear_probe, load_data
-from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, augment, crop_box, info_nce, load_teacher,
-                  save_encoder, seed_loss, uniforms)
+from probe import Split, evaluate, knn, linear_probe, load_data
+from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, SplitBatchNorm2d, Supervised,
+                  augment, crop_box, info_nce, load_teacher, save_encoder, seed_diagnostics,
+                  seed_loss, similarity_logits, uniforms)
 
 HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+ARCH = "shufflenet_v2_x0_5"         # the quickest network of torchvision at 32 px on a CPU
+draw_all_shapes = probe.draw_shapes
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Networks as small as here are slower on several threads; far slower if cores are shared."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def same_chance_each_time():
+def same_random_numbers_in_each_test():
     torch.manual_seed(0)
 
 
 def unit(*shape):
+    """Random vectors of length 1."""
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-class Toy(nn.Module):
-    """A network small enough to look through: x [B, 3, S, S] -> z [B, dim]."""
+def random_embeddings(batch, dim, length):
+    """z_s [B, D], z_t [B, D] and a queue [K, D]; or a query, a key and a queue."""
+    return unit(batch, dim), unit(batch, dim), unit(length, dim)
+
+
+class SmallNetwork(nn.Module):
+    """Images [B, 3, S, S] -> embeddings [B, dim], rows of length 1; with batch norm."""
 
     def __init__(self, dim=8):
         super().__init__()
-        self.arch, self.dim, self.width, self.image_size, self.labels_seen = "toy", dim, 16, 8, False
-        self.backbone = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.dim = dim
+        self.backbone = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+                                      nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(16, dim)
 
-    def features(self, x):
-        return self.backbone(x)
-
     def forward(self, x):
-        return F.normalize(self.head(self.features(x)), dim=1)
+        return F.normalize(self.head(self.backbone(x)), dim=1)
 
 
 def snapshot(module):
-    return {key: value.clone() for key, value in module.state_dict().items()}
+    """A copy of all weights and buffers."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    """Whether two state dicts hold the same names and numbers."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# -------------------------------------------------------------------------------------------------- the loss
-def slow_seed_loss(student, teacher, queue, tau_s, tau_t):
-    """The paper's formula with loops, in float64."""
+def trained(state):
+    """A state dict without the statistics of batch norm, which each process has of its own."""
+    return {name: value for name, value in state.items()
+            if not re.search("running|num_batches", name)}
+
+
+# --------------------------------------------------------------------------------------- the loss
+def slow_softmax(z, own, queue, tau):
+    """The similarity distribution of one image, a list of 1+K floats, by the formula."""
+    entries = torch.cat([own[None], queue]).double()
+    logits = [float(z.double() @ entry) / tau for entry in entries]
+    weights = [math.exp(logit - max(logits)) for logit in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def slow_seed_loss(z_s, z_t, queue, tau_s, tau_t):
+    """The paper's formula with loops."""
     total = 0.0
-    for z_s, z_t in zip(student.double(), teacher.double()):
-        entries = [z_t] + list(queue.double())
-        score_t = [math.exp(float(z_t @ d) / tau_t - 1 / tau_t) for d in entries]
-        score_s = [math.exp(float(z_s @ d) / tau_s) for d in entries]
-        p_t, p_s = np.array(score_t) / sum(score_t), np.array(score_s) / sum(score_s)
-        total -= float((p_t * np.log(p_s)).sum())
-    return total / len(student)
+    for student, teacher in zip(z_s, z_t):
+        p_t = slow_softmax(teacher, teacher, queue, tau_t)
+        p_s = slow_softmax(student, teacher, queue, tau_s)
+        total -= sum(p * math.log(q) for p, q in zip(p_t, p_s))
+    return total / len(z_s)
 
 
 @pytest.mark.parametrize("tau_s, tau_t", [(0.2, 0.01), (0.2, 0.05), (0.1, 0.5), (1.0, 1.0)])
 def test_the_loss_is_the_papers_formula(tau_s, tau_t):
-    """Otherwise the student learns something else, and nobody sees it: the loss still falls."""
-    student, teacher, queue = unit(5, 6), unit(5, 6), unit(11, 6)
-    assert seed_loss(student, teacher, queue, tau_s, tau_t).item() == pytest.approx(slow_seed_loss(student, teacher, queue, tau_s, tau_t), rel=1e-5)
+    """Otherwise the student would learn something else; the loss would fall all the same."""
+    z_s, z_t, queue = random_embeddings(5, 6, 11)
+    loss = seed_loss(z_s, z_t, queue, tau_s, tau_t)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(slow_seed_loss(z_s, z_t, queue, tau_s, tau_t), rel=1e-5)
 
 
 def test_the_default_temperatures_are_those_of_the_docstring():
-    """tau_t = 1e-4, the authors' default, would turn the ranking into a one-hot vector."""
-    student, teacher, queue = unit(5, 6), unit(5, 6), unit(11, 6)
-    assert seed_loss(student, teacher, queue) == seed_loss(student, teacher, queue, tau_s=0.2, tau_t=0.01)
-    assert info_nce(student, teacher, queue) == info_nce(student, teacher, queue, tau=0.2)
+    """With tau_t = 1e-4, the authors' default, all weight would lie on the image's own entry."""
+    z_s, z_t, queue = random_embeddings(5, 6, 11)
+    assert seed_loss(z_s, z_t, queue) == seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01)
+    assert info_nce(z_s, z_t, queue) == info_nce(z_s, z_t, queue, tau=0.2)
+    expected = seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.01)
+    assert seed_diagnostics(z_s, z_t, queue) == expected
+    method = SEED(SmallNetwork(), SmallNetwork())
+    assert (method.tau_s, method.tau_t) == (0.2, 0.01)
+    assert method.queue.features.shape == (65536, 8)
 
 
-def test_the_samples_own_teacher_embedding_is_one_of_the_entries():
-    """Without it (K instead of K+1 entries) the closest match of all is missing from the ranking."""
-    z = unit(3, 4)
-    stats = {}
-    opposite = -z[:1].expand(7, 4)
-    seed_loss(z[:1], z[:1], opposite, 1.0, 1.0, stats)
-    e = math.exp(1) / (math.exp(1) + 7 * math.exp(-1))
-    assert stats["own"].item() == pytest.approx(e, rel=1e-5)
+def test_the_images_own_teacher_embedding_is_one_of_the_entries():
+    """Without it (K entries instead of K+1), the most similar entry of all would be missing."""
+    z = unit(1, 4)
+    queue = -z.expand(7, 4)
+    self_prob = seed_diagnostics(z, z, queue, tau_s=1.0, tau_t=1.0)["self_prob"]
+    expected = math.exp(1) / (math.exp(1) + 7 * math.exp(-1))
+    assert self_prob.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_similarity_logits_have_the_own_entry_first():
+    """`info_nce` and `self_prob` take column 0 for it; another one is another image."""
+    z, own, queue = random_embeddings(5, 6, 11)
+    logits = similarity_logits(z, own, queue, 0.1)
+    expected = torch.cat([F.cosine_similarity(z, own)[:, None], z @ queue.T], dim=1) / 0.1
+    assert logits.shape == (5, 12)
+    assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def test_at_a_vanishing_teacher_temperature_the_loss_is_info_nce():
-    """MoCo's loss is a corner of SEED's: if the limit fails, one of the two is wrong."""
-    student, teacher, queue = unit(6, 16), unit(6, 16), unit(40, 16)
-    assert seed_loss(student, teacher, queue, 0.2, 1e-5).item() == pytest.approx(info_nce(student, teacher, queue, 0.2).item(), rel=1e-6)
+    """The docstring promises this limit; without it, one of the two losses would be wrong."""
+    z_s, z_t, queue = random_embeddings(6, 16, 40)
+    loss = seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=1e-5)
+    assert loss.item() == pytest.approx(info_nce(z_s, z_t, queue, tau=0.2).item(), rel=1e-6)
 
 
 def test_info_nce_is_the_log_probability_of_the_own_key():
-    """The baseline must be the real one, or the comparison is worth nothing."""
-    q, k, queue, total = unit(4, 8), unit(4, 8), unit(9, 8), 0.0
-    for a, b in zip(q.double(), k.double()):
-        scores = [math.exp(float(a @ d) / 0.3) for d in [b] + list(queue.double())]
-        total -= math.log(scores[0] / sum(scores)) / 4
-    assert info_nce(q, k, queue, 0.3).item() == pytest.approx(total, rel=1e-5)
+    """The baseline must be MoCo's loss, or the comparison with it would mean nothing."""
+    query, key, queue = random_embeddings(4, 8, 9)
+    total = 0.0
+    for q, k in zip(query, key):
+        total -= math.log(slow_softmax(q, k, queue, tau=0.3)[0])
+    assert info_nce(query, key, queue, tau=0.3).item() == pytest.approx(total / 4, rel=1e-5)
 
 
-def test_the_loss_stops_at_the_teachers_entropy():
-    """A user who waits for 0 waits forever: KL, not the loss, tells how far the student is."""
-    z, queue, stats = unit(6, 8), unit(30, 8), {}
-    loss = seed_loss(z, z, queue, 0.3, 0.3, stats)                  # a student that is the teacher
-    assert stats["kl"].abs() < 1e-5 and torch.isclose(loss, stats["entropy"], atol=1e-5)
-    assert stats["agree"] == 1
-    worse = {}
-    assert seed_loss(unit(6, 8), z, queue, 0.3, 0.3, worse) > loss
-    assert worse["kl"] > 0.01 and torch.isclose(worse["entropy"], stats["entropy"])
+def test_the_loss_is_at_least_the_teachers_entropy():
+    """A user who waits for a loss of 0 would wait forever; KL says how far the student is."""
+    z_s, z_t, queue = random_embeddings(6, 8, 30)
+    copied = seed_diagnostics(z_t, z_t, queue, tau_s=0.3, tau_t=0.3)
+    assert copied["kl"].abs() < 1e-5
+    assert torch.isclose(seed_loss(z_t, z_t, queue, 0.3, 0.3), copied["entropy"], atol=1e-5)
+    assert copied["top1_agreement"] == 1
+    other = seed_diagnostics(z_s, z_t, queue, tau_s=0.3, tau_t=0.3)
+    assert other["kl"] > 0.01
+    assert torch.isclose(other["entropy"], copied["entropy"])
+    assert seed_loss(z_s, z_t, queue, 0.3, 0.3) > copied["entropy"] + 0.01
 
 
-def test_the_diagnostics_say_what_they_claim():
-    """They are all a user has to judge a run by."""
-    student, teacher, queue, stats = unit(7, 5), unit(7, 5), unit(12, 5), {}
-    loss = seed_loss(student, teacher, queue, 0.2, 0.1, stats)
-    entries = [torch.cat([t[None], queue]) for t in teacher]
-    p = torch.stack([(d @ t / 0.1).softmax(0) for t, d in zip(teacher, entries)])
-    q = torch.stack([(d @ s / 0.2).softmax(0) for s, d in zip(student, entries)])
-    assert torch.isclose(stats["entropy"], -(p * p.log()).sum(1).mean(), rtol=1e-4)
-    assert torch.isclose(stats["kl"], loss + (p * p.log()).sum(1).mean(), atol=1e-5)
-    assert torch.isclose(stats["own"], p[:, 0].mean())
-    assert torch.isclose(stats["agree"], (p.argmax(1) == q.argmax(1)).float().mean())
-    stats = {}
-    info_nce(student, teacher, queue, 0.2, stats)
-    assert torch.isclose(stats["agree"], (q.argmax(1) == 0).float().mean())
+def test_the_diagnostics_are_what_their_docstring_says():
+    """A user decides by these numbers whether a run is all right."""
+    z_s, z_t, queue = random_embeddings(7, 5, 12)
+    z_s[:3] = F.normalize(z_t[:3] + 0.1 * z_s[:3], dim=1)                # some that agree
+    found = seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.1)
+    p_t = [slow_softmax(t, t, queue, 0.1) for t in z_t]
+    p_s = [slow_softmax(s, t, queue, 0.2) for s, t in zip(z_s, z_t)]
+    entropy = np.mean([-sum(p * math.log(p) for p in row) for row in p_t])
+    agreement = np.mean([np.argmax(row) == 0 for row in p_s])
+    loss = slow_seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.1)
+    assert 0 < agreement < 1
+    assert found.keys() == {"kl", "entropy", "loss_of_a_copy", "self_prob", "top1_agreement"}
+    assert found["entropy"].item() == pytest.approx(entropy, rel=1e-4)
+    assert found["kl"].item() == pytest.approx(loss - entropy, rel=1e-4)
+    assert found["self_prob"].item() == pytest.approx(np.mean([row[0] for row in p_t]), rel=1e-4)
+    assert found["top1_agreement"].item() == pytest.approx(agreement)
 
 
-def test_the_gradient_is_the_difference_of_the_two_rankings():
-    """dL/dlogits = (p_s - p_t) / B: what the student is pulled by."""
-    student, teacher, queue = unit(4, 6).requires_grad_(), unit(4, 6), unit(10, 6)
-    seed_loss(student, teacher, queue, 0.2, 0.1).backward()
+def test_the_diagnostics_keep_no_graph():
+    """A log that keeps the graphs of its numbers would fill the memory within some steps."""
+    z_s, z_t, queue = random_embeddings(4, 6, 10)
+    found = seed_diagnostics(z_s.requires_grad_(), z_t, queue)
+    assert not any(value.requires_grad for value in found.values())
+
+
+@pytest.mark.parametrize("tau_s, tau_t", [(0.2, 0.01), (0.3, 0.1)])
+def test_the_loss_of_a_copy_is_that_of_a_student_that_equals_its_teacher(tau_s, tau_t):
+    """It is what a user compares the loss with, so it must not depend on the student."""
+    z_s, z_t, queue = random_embeddings(6, 8, 30)
+    found = seed_diagnostics(z_s, z_t, queue, tau_s, tau_t)["loss_of_a_copy"]
+    assert torch.isclose(found, seed_loss(z_t, z_t, queue, tau_s, tau_t))
+    assert found.item() == pytest.approx(slow_seed_loss(z_t, z_t, queue, tau_s, tau_t), rel=1e-4)
+
+
+def test_a_perfect_student_has_the_kl_that_the_docstring_names():
+    """Otherwise users would take a KL of 6 nats for a failure, or a real failure for the floor."""
+    z = unit(6, 128)
+    queue = unit(65536, 128)
+    kl = seed_diagnostics(z, z, queue, tau_s=0.2, tau_t=0.01)["kl"].item()
+    mean = torch.exp(5 * (z @ queue.T)).mean().item()
+    assert kl == pytest.approx(6.2, abs=0.1)
+    assert kl == pytest.approx(math.log(1 + 65536 * math.exp(-5) * mean), abs=0.05)
+
+
+def test_the_gradient_is_the_difference_of_the_two_distributions():
+    """With another one than (p_s - p_t) / B by the logits, another loss would be trained."""
+    z_s, z_t, queue = random_embeddings(4, 6, 10)
+    seed_loss(z_s.requires_grad_(), z_t, queue, tau_s=0.2, tau_t=0.1).backward()
     for b in range(4):
-        entries = torch.cat([teacher[b:b + 1], queue])
-        p_s, p_t = (entries @ student[b].detach() / 0.2).softmax(0), (entries @ teacher[b] / 0.1).softmax(0)
-        assert torch.allclose(student.grad[b], (p_s - p_t) @ entries / 0.2 / 4, atol=1e-5)
+        entries = torch.cat([z_t[b:b + 1], queue])
+        p_s = torch.softmax(entries @ z_s[b].detach() / 0.2, dim=0)
+        p_t = torch.softmax(entries @ z_t[b] / 0.1, dim=0)
+        assert torch.allclose(z_s.grad[b], (p_s - p_t) @ entries / 0.2 / 4, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", [seed_loss, info_nce])
 def test_only_the_student_gets_a_gradient(loss):
-    """A teacher or queue that is pulled along makes the task trivial: everything collapses to a point."""
-    student, teacher, queue = (unit(n, 6).requires_grad_() for n in (4, 4, 10))
-    loss(student, teacher, queue).backward()
-    assert student.grad.abs().sum() > 0 and teacher.grad is None and queue.grad is None
+    """If the teacher or the queue moved too, both could map all images to one point."""
+    z_s, z_t, queue = [z.requires_grad_() for z in random_embeddings(4, 6, 10)]
+    loss(z_s, z_t, queue).backward()
+    assert z_s.grad.abs().sum() > 0
+    assert z_t.grad is None
+    assert queue.grad is None
 
 
 def test_the_order_of_the_queue_does_not_matter():
-    """The queue is a set of points of reference; only what is in it counts."""
-    student, teacher, queue = unit(4, 6), unit(4, 6), unit(10, 6)
-    assert torch.isclose(seed_loss(student, teacher, queue), seed_loss(student, teacher, queue[torch.randperm(10)]))
+    """The oldest entry moves through the queue; the loss must not change with its position."""
+    z_s, z_t, queue = random_embeddings(4, 6, 10)
+    shuffled = queue[torch.randperm(10)]
+    assert torch.isclose(seed_loss(z_s, z_t, queue), seed_loss(z_s, z_t, shuffled))
 
 
 @pytest.mark.parametrize("loss", [seed_loss, info_nce])
-def test_the_loss_is_float32_whatever_the_surroundings_do(loss):
-    """In bf16 a logit at tau_t = 0.01 is off by 0.4: the teacher's ranking would be noise."""
-    z = [unit(8, 128), unit(8, 128), unit(500, 128)]
-    exact = loss(*z)
+def test_the_loss_is_float32_under_autocast(loss):
+    """In bf16 a logit at tau_t = 0.01 is off by 0.4, and the teacher's distribution is noise."""
+    z_s, z_t, queue = random_embeddings(8, 128, 500)
+    exact = loss(z_s, z_t, queue)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(loss(*z), exact) and loss(*z).dtype == torch.float32
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")                # may round to bf16 inside a float32 product
-        matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-        chosen = [matmul.fp32_precision for matmul in matmuls]
-        assert torch.equal(loss(*z), exact)
-        assert [matmul.fp32_precision for matmul in matmuls] == chosen != ["none", "none"], "the user's setting is put back"
-        assert torch.get_float32_matmul_precision() == "medium"
-        with seed.exact_float32("cpu"):
-            assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
-    try:
-        for everywhere in ("tf32", "ieee"):
-            torch.backends.fp32_precision = everywhere
-            assert torch.equal(loss(*z), exact)
-            for matmul in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-                assert matmul.fp32_precision == everywhere, "and still follows the setting for all of torch"
-    finally:
-        torch.backends.fp32_precision = "none"
+        under_autocast = loss(z_s, z_t, queue)
+    assert under_autocast.dtype == torch.float32
+    assert torch.equal(under_autocast, exact)
 
 
 @pytest.mark.parametrize("loss", [seed_loss, info_nce])
-def test_a_loss_refuses_what_does_not_fit(loss):
-    """Broadcasting would otherwise turn a mistake into a number."""
-    for shapes in (((4, 6), (3, 6), (9, 6)), ((4, 6), (4, 6), (9, 5)), ((4, 6), (4, 6), (9,)), ((6,), (6,), (9, 6))):
-        with pytest.raises(ValueError, match="expected"):
-            loss(*(unit(*shape) for shape in shapes))
+def test_the_loss_of_bf16_embeddings_is_computed_in_float32(loss):
+    """A network under autocast may return bf16; the sum over 65,537 entries must not be bf16."""
+    rounded = [z.bfloat16() for z in random_embeddings(8, 128, 500)]
+    found = loss(*rounded)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, loss(*[z.float() for z in rounded]))
+
+
+@pytest.mark.parametrize("loss", [seed_loss, info_nce])
+@pytest.mark.parametrize("shapes", [((4, 6), (3, 6), (9, 6)), ((4, 6), (4, 6), (9, 5)),
+                                    ((4, 6), (4, 6), (9,)), ((6,), (6,), (9, 6)),
+                                    ((4, 6), (1, 6), (9, 6)), ((4, 6), (4, 1), (9, 6))])
+def test_a_loss_refuses_shapes_that_do_not_fit(loss, shapes):
+    """Broadcasting would turn the mistake into a number."""
+    with pytest.raises(ValueError, match="expected shapes"):
+        loss(*[unit(*shape) for shape in shapes])
+
+
+@pytest.mark.parametrize("tau", [0.0, -0.1, math.nan])
+def test_a_loss_refuses_a_temperature_that_is_not_positive(tau):
+    """A negative one would train the student to be as unlike its teacher as it can be."""
+    z_s, z_t, queue = random_embeddings(2, 3, 4)
     with pytest.raises(ValueError, match="temperature"):
-        loss(unit(2, 3), unit(2, 3), unit(4, 3), 0.0)
+        info_nce(z_s, z_t, queue, tau)
+    with pytest.raises(ValueError, match="temperature"):
+        seed_loss(z_s, z_t, queue, tau_s=tau, tau_t=0.1)
+    with pytest.raises(ValueError, match="temperature"):
+        seed_loss(z_s, z_t, queue, tau_s=0.1, tau_t=tau)
 
 
 def test_the_worked_example_of_the_docstring_is_right():
-    """Examples are read before code."""
-    import doctest
+    """Readers check their understanding with the example before they read the code."""
     result = doctest.testmod(seed)
-    assert result.attempted >= 3 and result.failed == 0
+    assert result.attempted >= 3
+    assert result.failed == 0
 
 
-class Peak(TorchDispatchMode):
-    """Counts the tensors of `size` numbers or more that are alive after each operation, backward included."""
+class LiveTensors(TorchDispatchMode):
+    """Counts the storages of `size` floats or more that are alive after an operation; `most` is
+    the largest count. Backward is included."""
 
     def __init__(self, size):
         super().__init__()
-        self.size, self.alive, self.most = size, {}, 0
+        self.size = size
+        self.alive = {}
+        self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= 4 * self.size:
-                self.alive[x.untyped_storage().data_ptr()] = StorageWeakRef(x.untyped_storage())
-        self.alive = {place: ref for place, ref in self.alive.items() if not ref.expired()}
+                storage = x.untyped_storage()
+                self.alive[storage.data_ptr()] = StorageWeakRef(storage)
+        self.alive = {key: ref for key, ref in self.alive.items() if not ref.expired()}
         self.most = max(self.most, len(self.alive))
-        return out
+        return result
 
 
-def test_a_step_of_the_loss_fits_in_four_matrices_and_copies_no_queue():
-    """[B, K+1] at B 256 and K 65,536 is 67 MB, the queue 34 MB: peers hold two copies of it, and run out of memory first."""
-    B, K, D = 32, 2048, 64                                              # a queue is twice as large as a matrix
-    student, queue, key = unit(B, D).requires_grad_(), FeatureQueue(K, D), unit(B, D)
-    with Peak(B * K) as matrices:
-        seed_loss(student, key, queue.features, stats={}).backward()
-        queue.enqueue(key)
-    queues = Peak(K * D)
-    student.grad = None
-    with queues:
-        seed_loss(student, key, queue.features, stats={}).backward()
-        queue.enqueue(key)
-    assert 2 <= matrices.most - 1 <= 4, "beside the queue itself"
-    assert queues.most == 1, "the queue, once"
+def largest_count(size, step):
+    """How many tensors of `size` floats or more are alive at once in step()."""
+    with LiveTensors(size) as live:
+        step()
+    return live.most
 
 
-# ------------------------------------------------------------------------------------------------- the queue
+def test_a_step_of_the_loss_needs_four_matrices_and_no_copy_of_the_queue():
+    """[B, 1+K] at B = 256 and K = 65,536 is 67 MB, the queue 34 MB: with more copies of them, a
+    GPU would be full at a smaller batch."""
+    B, K, D = 32, 2048, 64                                              # a queue: two matrices
+    z_s, z_t, _ = random_embeddings(B, D, 1)
+    z_s.requires_grad_()
+    queue = FeatureQueue(K, D)
+
+    def step():
+        z_s.grad = None
+        seed_loss(z_s, z_t, queue.features).backward()
+        queue.enqueue(z_t)
+
+    matrices = largest_count(B * K, step) - 1                           # without the queue
+    assert 2 <= matrices <= 4
+    assert largest_count(K * D, step) == 1                              # the queue itself
+
+
+def test_the_diagnostics_need_five_matrices_and_no_copy_of_the_queue():
+    """Otherwise a run would fail for lack of memory in the first step that it logs."""
+    B, K, D = 32, 2048, 64
+    z_s, z_t, _ = random_embeddings(B, D, 1)
+    queue = FeatureQueue(K, D)
+
+    def step():
+        seed_diagnostics(z_s, z_t, queue.features)
+
+    assert 2 <= largest_count(B * K, step) - 1 <= 5
+    assert largest_count(K * D, step) == 1
+
+
+# --------------------------------------------------------------------------------------- the queue
 def test_the_queue_is_first_in_first_out_for_any_batch_size():
-    """A wrapped batch that is cut off or misplaced leaves stale entries among the points of reference."""
-    queue, shadow = FeatureQueue(7, 3), collections.deque(maxlen=7)
-    shadow.extend(queue.features.clone())
-    for b in (3, 3, 3, 1, 7, 5, 16, 2, 0, 14):
-        z = unit(b, 3)
+    """If a batch that wraps around were cut or misplaced, old entries would stay for good."""
+    queue = FeatureQueue(7, 3)
+    expected = collections.deque(queue.features.clone(), maxlen=7)
+    for batch in (3, 3, 3, 1, 7, 5, 16, 2, 0, 14):
+        z = unit(batch, 3)
         queue.enqueue(z)
-        shadow.extend(z)
+        expected.extend(z)
         oldest = int(queue.seen) % 7
-        assert torch.equal(torch.roll(queue.features, -oldest, 0), torch.stack(list(shadow)))
+        assert torch.equal(queue.features.roll(-oldest, 0), torch.stack(list(expected)))
 
 
-def test_the_queue_starts_with_random_unit_vectors_and_knows_how_full_it_is():
-    """Zeros instead would sit at the same distance from everything, and weigh in the softmax."""
+def test_the_queue_starts_with_random_unit_vectors():
+    """Zeros would be equally similar to all images, and have a weight in each softmax."""
+    queue = FeatureQueue(2000, 16)
+    assert torch.allclose(queue.features.norm(dim=1), torch.ones(2000))
+    assert queue.features.mean(dim=0).abs().max() < 0.03                # in all directions
+    assert queue.features.std(dim=0).min() > 0.1
+    assert not torch.equal(queue.features, FeatureQueue(2000, 16).features)
+
+
+def test_the_queue_says_how_far_it_is_filled():
+    """The loss may rise until it is; a user who does not see that would stop the run."""
     queue = FeatureQueue(100, 16)
-    assert torch.allclose(queue.features.norm(dim=1), torch.ones(100)) and queue.features.std(0).min() > 0.1
-    assert FeatureQueue(2000, 16).features.mean(0).abs().max() < 0.03, "in all directions"
-    for fill in (0.0, 0.4, 0.8, 1.0, 1.0):
-        assert queue.fill.item() == pytest.approx(fill)
+    for filled in (0.0, 0.4, 0.8, 1.0, 1.0):
+        assert queue.filled.item() == pytest.approx(filled)
         queue.enqueue(unit(40, 16))
 
 
 def test_the_queue_stores_float32_without_a_graph():
-    """A queue that keeps the graph of its entries alive eats the memory in a few steps."""
+    """A queue that keeps the graphs of its entries would fill the memory within some steps."""
     queue = FeatureQueue(4, 3)
     queue.enqueue(unit(2, 3).bfloat16().requires_grad_())
-    assert queue.features.dtype == torch.float32 and not queue.features.requires_grad and queue.features.grad_fn is None
+    assert queue.features.dtype == torch.float32
+    assert not queue.features.requires_grad
+    assert queue.features.grad_fn is None
 
 
-def test_the_queue_survives_a_checkpoint():
-    """Resuming with a random queue would repeat the start of the run, when all points of reference are noise."""
-    queue, other = FeatureQueue(6, 3), FeatureQueue(6, 3)
+def test_the_queue_is_saved_and_restored():
+    """A resumed run with a random queue would repeat the start, when all entries are noise."""
+    queue = FeatureQueue(6, 3)
+    other = FeatureQueue(6, 3)
     queue.enqueue(unit(4, 3))
     other.load_state_dict(queue.state_dict())
     z = unit(4, 3)
-    queue.enqueue(z), other.enqueue(z)
+    queue.enqueue(z)
+    other.enqueue(z)
+    assert other.seen == 8
     assert same(queue.state_dict(), other.state_dict())
 
 
 def test_the_queue_refuses_what_does_not_fit():
-    """A queue of another width cannot be compared with anything."""
-    with pytest.raises(ValueError, match=r"\[B, 3\]"):
-        FeatureQueue(4, 3).enqueue(unit(2, 5))
-    with pytest.raises(ValueError, match="at least 1"):
-        FeatureQueue(0, 3)
+    """Embeddings of another width could not be compared with its entries."""
+    for shape in ((2, 5), (2, 1), (3,)):
+        with pytest.raises(ValueError, match=r"\[B, 3\]"):
+            FeatureQueue(4, 3).enqueue(unit(*shape))
+    for size, dim in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            FeatureQueue(size, dim)
 
 
-# ---------------------------------------------------------------------------------------------- the encoders
-@pytest.mark.parametrize("arch, width, size", [
-    ("mobilenet_v3_large", 1280, 32), ("mobilenet_v3_small", 1024, 32), ("efficientnet_b0", 1280, 32), ("efficientnet_b1", 1280, 32),
-    ("resnet18", 512, 32), ("resnet34", 512, 32), ("resnet50", 2048, 32), ("resnet101", 2048, 32), ("resnet152", 2048, 32),
-    ("shufflenet_v2_x1_0", 1024, 32), ("regnet_y_400mf", 440, 32), ("convnext_tiny", 768, 32), ("vit_b_16", 768, 224)])
-def test_an_encoder_gives_features_and_unit_embeddings(arch, width, size):
-    """F must be what the paper says (MobileNet-V3: 1280, behind the classifier's hidden layer)."""
-    encoder = Encoder(arch, dim=12, hidden_dim=20, image_size=size).eval()
-    x = torch.randn(2, 3, size, size)
+def test_without_a_process_group_nothing_is_gathered():
+    """Training on one GPU or the CPU must not need torch.distributed."""
+    x = unit(3, 2)
+    assert seed.rank_and_world_size() == (0, 1)
+    assert seed.concat_all_gather(x) is x
+
+
+def test_gathered_parts_are_interleaved(monkeypatch):
+    """Process r holds the images r, r+R, ...: in another order, two processes would fill the queue
+    otherwise than one, and MoCo would take the keys of other images."""
+    whole = torch.arange(12.0).view(6, 2)
+
+    def all_gather(parts, x):
+        assert x.is_contiguous()
+        assert torch.equal(x, whole[1::2])
+        for rank, part in enumerate(parts):
+            assert part.is_contiguous()                                 # gloo and NCCL insist
+            part.copy_(whole[rank::2])
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    assert seed.rank_and_world_size() == (1, 2)
+    assert torch.equal(seed.concat_all_gather(whole[1::2]), whole)
+    assert torch.equal(seed.concat_all_gather(whole[1::2].T.contiguous().T), whole)
+    queue = FeatureQueue(8, 2)
+    queue.enqueue(whole[1::2])
+    assert torch.equal(queue.features[:6], whole)
+    assert queue.seen == 6
+
+
+# ------------------------------------------------------------------------------------- the methods
+def make_method(name):
+    """One of the three methods with small networks."""
+    if name == "seed":
+        return SEED(SmallNetwork(), SmallNetwork(), queue_size=16)
+    if name == "moco":
+        return MoCo(SmallNetwork(), queue_size=16, bn_splits=2)
+    return Supervised(SmallNetwork(), classes=5)
+
+
+def sgd(method, lr=0.1):
+    """An optimizer for what the method trains."""
+    return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr, momentum=0.9)
+
+
+def training_step(method, optimizer, views, labels=None):
+    """The step that seed.py prints above its methods. Returns the diagnostics."""
+    targets = method.targets(views, labels)
+    outputs = method(views)
+    loss = method.loss(outputs, targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    diagnostics = method.diagnostics(outputs, targets)
+    method.after_step(targets)
+    return diagnostics
+
+
+@pytest.mark.parametrize("name, views_per_image", [("seed", 1), ("moco", 2), ("supervised", 1)])
+def test_one_training_step_serves_all_three_methods(name, views_per_image):
+    """train.py has one loop for all; a method that departs from it would not train there."""
+    method = make_method(name)
+    assert method.views_per_image == views_per_image
+    trained = {n: p.detach().clone() for n, p in method.named_parameters() if p.requires_grad}
+    views = [torch.randn(8, 3, 8, 8) for _ in range(views_per_image)]
+    diagnostics = training_step(method, sgd(method), views, torch.arange(8) % 5)
+    assert "top1_agreement" in diagnostics
+    for value in diagnostics.values():
+        assert value.shape == ()
+        assert not value.requires_grad
+    after = dict(method.named_parameters())
+    changed = [n for n, value in trained.items() if not torch.equal(after[n], value)]
+    assert "class_vectors" in changed or name != "supervised"
+    assert any(n.endswith("head.weight") for n in changed)
+    assert any(n.endswith("backbone.0.weight") for n in changed)
+
+
+@pytest.mark.parametrize("name", ["seed", "moco"])
+def test_the_targets_have_no_gradient_and_need_no_labels(name):
+    """A graph of the teacher would take its memory in each step, and no label may take part."""
+    method = make_method(name)
+    views = [torch.randn(8, 3, 8, 8) for _ in range(method.views_per_image)]
+    for network in method.children():
+        network.requires_grad_(True)                                    # even so
+    targets = method.targets(views)
+    assert targets.shape == (8, 8)
+    assert not targets.requires_grad
+
+
+def test_the_teacher_stays_as_it_was_loaded():
+    """In training mode its batch norm would follow our data, and the queue would hold embeddings
+    of several different teachers."""
+    method = make_method("seed")
+    before = snapshot(method.teacher)
+    optimizer = sgd(method)
+    for _ in range(3):
+        method.train()
+        training_step(method, optimizer, [torch.randn(4, 3, 8, 8)])
+    assert same(before, snapshot(method.teacher))
+    assert not method.teacher.training
+    assert not any(p.requires_grad for p in method.teacher.parameters())
+    assert method.student.training
+    assert not method.eval().student.training
+
+
+def test_the_teacher_is_in_evaluation_mode_from_the_start():
+    """train.py need not call `train()`; the first step must not change the teacher's statistics."""
+    method = SEED(SmallNetwork().eval(), SmallNetwork().train(), queue_size=16)
+    assert not method.teacher.backbone.training
+    assert method.student.backbone.training
+
+
+def test_seed_shows_the_same_view_to_both_and_moves_the_queue_only_afterwards():
+    """With this batch in the queue before the loss, each image would have two own entries."""
+    student = SmallNetwork()
+    teacher = SmallNetwork().eval()
+    x = torch.randn(4, 3, 8, 8)
+    method = SEED(student, teacher, queue_size=16, tau_s=0.3, tau_t=0.07)
+    queue = method.queue.features.clone()
+    expected = seed_loss(copy.deepcopy(student)(x), teacher(x), queue, tau_s=0.3, tau_t=0.07)
+    z_t = method.targets([x])
+    z_s = method([x])
+    assert torch.equal(z_t, teacher(x))
+    assert torch.isclose(method.loss(z_s, z_t), expected)
+    assert method.diagnostics(z_s, z_t)["queue_filled"] == 0
+    assert torch.equal(method.queue.features, queue)
+    method.after_step(z_t)
+    assert torch.equal(method.queue.features[:4], z_t)
+    assert torch.equal(method.queue.features[4:], queue[4:])
+    assert method.diagnostics(z_s, z_t)["queue_filled"] == 0.25
+
+
+def test_seed_logs_the_diagnostics_of_its_own_queue_and_temperatures():
+    """Diagnostics of other temperatures than the run's would mislead whoever sets them by these."""
+    method = SEED(SmallNetwork(), SmallNetwork(), queue_size=16, tau_s=0.3, tau_t=0.07)
+    z_s, z_t, _ = random_embeddings(4, 8, 1)
+    expected = seed_diagnostics(z_s, z_t, method.queue.features, tau_s=0.3, tau_t=0.07)
+    assert method.diagnostics(z_s, z_t) == {**expected, "queue_filled": 0}
+
+
+def test_only_the_targets_need_the_teacher():
+    """With stored embeddings of the teacher, a step must not run it: it is most of the cost."""
+    method = make_method("seed")
+    runs = []
+    method.teacher.register_forward_hook(lambda module, args, out: runs.append(len(out)))
+    views = [torch.randn(4, 3, 8, 8)]
+    z_t = method.targets(views)
+    assert runs == [4]
+    z_s = method(views)
+    loss = method.loss(z_s, z_t)
+    assert torch.equal(method.loss(z_s, z_t.clone()), loss)
+    loss.backward()
+    method.diagnostics(z_s, z_t)
+    method.after_step(z_t)
+    assert runs == [4]
+
+
+class OwnNetwork(nn.Module):
+    """A user's own: nothing but `dim` and rows of length 1."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.dim = 6
+        self.layers = nn.Sequential(nn.Linear(12, hidden), nn.Tanh(), nn.Linear(hidden, 6))
+
+    def forward(self, x):
+        return F.normalize(self.layers(x.flatten(1)), dim=1)
+
+
+def test_seed_distills_networks_of_ones_own():
+    """The docstring promises that `dim` and embeddings of length 1 are all that is needed."""
+    method = SEED(OwnNetwork(hidden=7), OwnNetwork(hidden=30), queue_size=64)
+    optimizer = sgd(method, lr=0.3)
+    x = torch.randn(32, 3, 2, 2)
+    kl = [training_step(method, optimizer, [x])["kl"].item() for _ in range(40)]
+    assert method.queue.features.shape == (64, 6)
+    assert kl[-1] < kl[5] - 0.1
+
+
+def test_networks_without_an_equal_dim_are_refused_by_name():
+    """Embeddings of two widths cannot be compared with one queue; which network is to be changed
+    must be plain from the message."""
+    without = nn.Linear(3, 8)
+    for student, teacher, match in (
+            (SmallNetwork(4), SmallNetwork(8), "student.dim is 4 and teacher.dim is 8"),
+            (SmallNetwork(8), without, "student.dim is 8 and teacher.dim is None"),
+            (without, SmallNetwork(8), "student.dim is None and teacher.dim is 8"),
+            (without, without, "student.dim is None and teacher.dim is None")):
+        with pytest.raises(ValueError, match=match) as caught:
+            SEED(student, teacher, queue_size=16)
+        assert not isinstance(caught.value, InputError)                 # a bug, not a wrong input
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 8, 1), (4,)])
+def test_embeddings_of_another_shape_are_refused_by_name(shape):
+    """An own network that returns its features instead would end in a traceback about matrices."""
+    with pytest.raises(ValueError, match=r"the student must return embeddings \[B, 8\], got \[4"):
+        make_method("seed").loss(unit(*shape), unit(4, 8))
+    with pytest.raises(ValueError, match=r"the teacher must return embeddings \[B, 8\], got \[4"):
+        make_method("seed").loss(unit(4, 8), unit(*shape))
+
+
+@pytest.mark.parametrize("length", [0.0, 0.997, 1.003, 2.0, math.nan])
+def test_embeddings_that_are_not_of_length_1_are_refused_by_name(length):
+    """Without normalization the logits are no cosines, and the student can lower the loss by
+    longer embeddings alone."""
+    z = unit(4, 8)
+    one_row = z.clone()
+    one_row[2] *= length
+    with pytest.raises(ValueError, match="the student's embeddings must have length 1"):
+        make_method("seed").loss(one_row, z)
+    with pytest.raises(ValueError, match="the teacher's embeddings must have length 1"):
+        make_method("seed").loss(z, one_row)
+
+
+def test_embeddings_of_length_1_up_to_rounding_are_accepted():
+    """A network in float16 rounds the length too; it must not be refused."""
+    z = unit(4, 8)
+    for rounded in (1.0005 * z, 0.9995 * z, z.half()):
+        assert make_method("seed").loss(rounded, rounded).isfinite()
+
+
+def test_embeddings_are_checked_in_the_first_step_only(monkeypatch):
+    """The check waits for the GPU; in each step that would cost time."""
+    checked = []
+    monkeypatch.setattr(seed, "check_embeddings", lambda name, z, dim: checked.append(name))
+    method = make_method("seed")
+    for _ in range(3):
+        method.loss(unit(4, 8), unit(4, 8))
+    assert checked == ["student", "teacher"]
+
+
+def test_seed_teaches():
+    """The method as a whole: after some steps the student has its teacher's distributions."""
+    x = 2 * torch.randn(64, 3, 1, 1) + 0.3 * torch.randn(64, 3, 8, 8)
+    method = SEED(SmallNetwork(), SmallNetwork(), queue_size=128, tau_s=0.2, tau_t=0.1)
+    optimizer = sgd(method)
+    kl = []
+    for _ in range(120):
+        views = [x[torch.randperm(64)[:32]]]
+        kl.append(training_step(method, optimizer, views)["kl"].item())
+    assert np.mean(kl[-10:]) < 0.5 * np.mean(kl[5:15])
+
+
+def test_mocos_key_encoder_follows_slowly_and_without_gradient():
+    """k <- m k + (1 - m) q after the step; otherwise keys in the queue would go stale at once."""
+    method = MoCo(SmallNetwork(), queue_size=16, momentum=0.9)
+    views = [torch.randn(8, 3, 8, 8) for _ in range(2)]
+    start = [p.clone() for p in method.encoder.parameters()]
+    keys = method.targets(views)
+    method.loss(method(views), keys).backward()
     with torch.no_grad():
-        assert encoder.width == width and encoder.features(x).shape == (2, width)
+        for p in method.encoder.parameters():
+            p.add_(1.0)
+    for k, q in zip(method.key_encoder.parameters(), start, strict=True):
+        assert torch.equal(k, q)                                        # not before the step
+        assert k.grad is None
+        assert not k.requires_grad
+    method.after_step(keys)
+    for k, q in zip(method.key_encoder.parameters(), start, strict=True):
+        assert torch.allclose(k, q + 0.1, atol=1e-6)
+
+
+def test_moco_compares_two_views_and_keeps_keys_in_order():
+    """If the keys came back in another order, each query's positive would be another image."""
+    method = MoCo(SmallNetwork(), queue_size=16, tau=0.3).eval()
+    views = [torch.randn(6, 3, 8, 8) for _ in range(2)]
+    queue = method.queue.features.clone()
+    query = method.encoder(views[0])
+    key = method.key_encoder(views[1])
+    found = method.targets(views)
+    assert torch.allclose(found, key, atol=1e-5)
+    assert torch.equal(method(views), query)
+    assert torch.isclose(method.loss(query, found), info_nce(query, key, queue, 0.3), atol=1e-5)
+    assert torch.equal(method.queue.features, queue)
+    method.after_step(found)
+    assert torch.equal(method.queue.features[:6], found)
+
+
+def test_mocos_diagnostics_are_what_their_docstring_says():
+    """A baseline that never finds its keys must be seen in the log."""
+    method = MoCo(SmallNetwork(), queue_size=16, tau=0.3)
+    method.after_step(unit(4, 8))
+    query, key, _ = random_embeddings(6, 8, 1)
+    query[:2] = F.normalize(key[:2] + 0.1 * query[:2], dim=1)
+    found = method.diagnostics(query, key)
+    p = [slow_softmax(q, k, method.queue.features, 0.3) for q, k in zip(query, key)]
+    agreement = np.mean([np.argmax(row) == 0 for row in p])
+    assert 0 < agreement < 1
+    assert found.keys() == {"top1_agreement", "queue_filled"}
+    assert found["top1_agreement"].item() == pytest.approx(agreement)
+    assert found["queue_filled"] == 0.25
+
+
+def test_a_key_is_computed_among_other_images_than_its_query():
+    """Not shuffled, query and key share batch statistics: MoCo would recognize these instead."""
+    method = MoCo(SmallNetwork(), queue_size=16)
+    x = torch.randn(16, 3, 8, 8)
+    seen = []
+    method.key_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    method.targets([x, x])
+    assert not torch.equal(seen[0], x)
+    assert torch.equal(seen[0].sum((1, 2, 3)).sort()[0], x.sum((1, 2, 3)).sort()[0])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_shuffle_keys_over_both_and_put_them_in_order(monkeypatch, rank):
+    """If each got back the keys of the other's images, no query would find its own key."""
+    method = MoCo(SmallNetwork(), queue_size=16).eval()
+    everyone = torch.randn(8, 3, 8, 8)
+    order = torch.randperm(8)
+    keys = method.key_encoder(everyone)
+    gathered = []
+
+    def concat_all_gather(x):
+        gathered.append(x)
+        return everyone if len(gathered) == 1 else keys[order]
+
+    def broadcast(x, src):
+        x.copy_(order)                                                  # the same in both
+
+    monkeypatch.setattr(seed, "rank_and_world_size", lambda: (rank, 2))
+    monkeypatch.setattr(seed, "concat_all_gather", concat_all_gather)
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    found = method.targets([None, everyone[rank::2]])
+    assert torch.equal(gathered[0], everyone[rank::2])
+    assert torch.allclose(gathered[1], keys[order[rank::2]], atol=1e-5)
+    assert torch.allclose(found, keys[rank::2], atol=1e-5)
+
+
+def test_mocos_defaults_are_mocos():
+    """The table's baseline is made with them."""
+    defaults = {n: p.default for n, p in inspect.signature(MoCo).parameters.items()}
+    assert (defaults["queue_size"], defaults["momentum"]) == (65536, 0.999)
+    assert (defaults["tau"], defaults["bn_splits"]) == (0.2, 8)
+
+
+def test_split_batch_norm_is_batch_norm_on_separate_devices():
+    """Without the split, MoCo would recognize shared batch statistics instead of images."""
+    plain = nn.BatchNorm2d(16, eps=1e-3)
+    nn.init.uniform_(plain.weight)
+    nn.init.normal_(plain.bias)
+    split = SplitBatchNorm2d(plain, splits=4)
+    x = torch.randn(8, 16, 6, 6)
+    assert split.eps == 1e-3
+    assert not torch.allclose(split(x), plain(x), atol=1e-3)
+    split = SplitBatchNorm2d(plain, splits=4)
+    assert same(split.state_dict(), plain.state_dict())                 # also what it has seen
+    assert (1 - split.momentum) ** 4 == pytest.approx(1 - plain.momentum)   # a step counts once
+    plain.momentum = split.momentum
+    assert torch.allclose(split(x), torch.cat([plain(part) for part in x.chunk(4)]), atol=1e-6)
+    assert torch.allclose(split.running_mean, plain.running_mean)
+    assert torch.allclose(split.running_var, plain.running_var)
+    assert torch.allclose(split.eval()(x), plain.eval()(x), atol=1e-6)
+
+
+def test_moco_splits_the_batch_norm_of_both_encoders_and_keeps_the_weights():
+    """A network trained by MoCo must load where the plain one does, with the weights it had."""
+    encoder = SmallNetwork()
+    nn.init.uniform_(encoder.backbone[1].weight)
+    before = snapshot(encoder)
+    method = MoCo(encoder, queue_size=16, bn_splits=4)
+    for network in (method.encoder, method.key_encoder):
+        assert type(network.backbone[1]) is SplitBatchNorm2d
+        assert network.backbone[1].splits == 4
+        assert same(network.state_dict(), before)
+    assert method.encoder is encoder
+    assert method.key_encoder.backbone[1] is not encoder.backbone[1]
+    assert method.encoder(torch.randn(8, 3, 8, 8)).shape == (8, 8)
+
+
+def test_supervised_training_reaches_the_head():
+    """A head without a gradient would be distilled untrained, and stops training on several
+    GPUs."""
+    method = make_method("supervised")
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    views = [torch.randn(6, 3, 8, 8)]
+    assert torch.equal(method.targets(views, labels), labels)
+    method.loss(method(views), labels).backward()
+    for name, p in method.named_parameters():
+        if name != "encoder.backbone.0.bias":                           # batch norm removes it
+            assert p.grad.abs().sum() > 0, name
+
+
+def test_the_supervised_loss_is_cross_entropy_over_cosines():
+    """Only angles count in the queue, so only angles may be trained here."""
+    method = make_method("supervised").eval()
+    method.class_vectors.data *= 3                                      # no effect
+    x = torch.randn(12, 3, 8, 8)
+    labels = torch.arange(12) % 5
+    cosines = F.cosine_similarity(method.encoder(x)[:, None], method.class_vectors[None], dim=2)
+    logits = method([x])
+    assert torch.allclose(logits, cosines / 0.1, atol=1e-5)
+    assert torch.isclose(method.loss(logits, labels), F.cross_entropy(cosines / 0.1, labels))
+    correct = cosines.argmax(dim=1) == labels
+    assert 0 < correct.sum() < 12
+    assert torch.isclose(method.diagnostics(logits, labels)["top1_agreement"],
+                         correct.float().mean())
+
+
+class NoNetwork(nn.Module):
+    """Takes embeddings [B, 8] for the view and returns them."""
+    dim = 8
+
+    def forward(self, z):
+        return z
+
+
+def test_supervised_logits_are_float32_under_autocast():
+    """At tau = 0.1, bf16 would round the logits to steps of 0.06."""
+    method = Supervised(NoNetwork(), classes=5)
+    z = unit(6, 8)
+    exact = method([z])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = method([z])
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, exact)
+    assert torch.equal(method([z.bfloat16()]), method([z.bfloat16().float()]))
+
+
+# ------------------------------------------------------------------------------------ the encoders
+@pytest.mark.parametrize("arch, feature_dim", [
+    ("mobilenet_v3_large", 1280), ("mobilenet_v3_small", 1024), ("efficientnet_b0", 1280),
+    ("resnet18", 512), ("shufflenet_v2_x1_0", 1024), ("regnet_y_400mf", 440)])
+def test_an_encoder_gives_features_and_unit_embeddings(arch, feature_dim):
+    """The features must be the paper's (MobileNet-V3: 1280, behind the hidden layer)."""
+    encoder = Encoder(arch, dim=12, hidden_dim=20, image_size=32).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = encoder.features(x)
         z = encoder(x)
-    assert z.shape == (2, 12) and torch.allclose(z.norm(dim=1), torch.ones(2), atol=1e-5)
+    assert encoder.feature_dim == feature_dim
+    assert features.shape == (2, feature_dim)
+    assert z.shape == (2, 12)
+    assert torch.allclose(z.norm(dim=1), torch.ones(2), atol=1e-5)
+    assert torch.equal(z, F.normalize(encoder.head(features), dim=1))
+
+
+@pytest.mark.parametrize("arch, feature_dim, size", [
+    ("efficientnet_b1", 1280, 32), ("resnet34", 512, 32), ("resnet50", 2048, 32),
+    ("resnet101", 2048, 32), ("resnet152", 2048, 32), ("convnext_tiny", 768, 32),
+    ("vit_b_16", 768, 224)])
+def test_larger_networks_have_the_shapes_that_they_promise(arch, feature_dim, size):
+    """A teacher whose features are of another layer would be distilled without a word."""
+    with torch.device("meta"):                                          # shapes alone
+        encoder = Encoder(arch, dim=12, hidden_dim=20, image_size=size).eval()
+        x = torch.empty(2, 3, size, size)
+        assert encoder.feature_dim == feature_dim
+        assert encoder.features(x).shape == (2, feature_dim)
+        assert encoder(x).shape == (2, 12)
 
 
 def test_the_head_is_the_papers():
-    """Linear(F, F) - ReLU - Linear(F, 128) by default; the width matters (58.0 or 60.3 on ImageNet for ResNet-18)."""
-    head = Encoder("resnet18").head
-    assert [type(m) for m in head] == [nn.Linear, nn.ReLU, nn.Linear]
-    assert (head[0].in_features, head[0].out_features, head[2].out_features) == (512, 512, 128)
-    assert Encoder("resnet18", hidden_dim=2048).head[0].out_features == 2048
-    assert isinstance(Encoder("resnet18", hidden_dim=0).head, nn.Linear)
-    bare = Encoder("resnet18", dim=None).eval()
+    """Its hidden layer matters: 58.0 or 60.3 on ImageNet for a ResNet-18."""
+    encoder = Encoder("resnet18")
+    assert [type(layer) for layer in encoder.head] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert encoder.head[0].weight.shape == (512, 512)
+    assert encoder.head[2].weight.shape == (128, 512)
+    assert encoder.dim == 128
+    encoder = Encoder("shufflenet_v2_x0_5")
+    assert encoder.head[0].weight.shape == (1024, 1024)                 # as wide as its features
+    assert encoder.head[2].weight.shape == (128, 1024)
+    encoder = Encoder("resnet18", hidden_dim=2048)
+    assert encoder.head[0].weight.shape == (2048, 512)
+    assert encoder.head[2].weight.shape == (128, 2048)
+    encoder = Encoder("resnet18", dim=16, hidden_dim=0)
+    assert type(encoder.head) is nn.Linear
+    assert encoder.head.weight.shape == (16, 512)
+
+
+def test_without_a_head_the_embedding_is_the_normalized_features():
+    """A teacher from torchvision is used so; its features would otherwise have any length."""
+    bare = Encoder("shufflenet_v2_x0_5", dim=None).eval()
     x = torch.randn(2, 3, 32, 32)
-    assert bare.dim == 512 and torch.allclose(bare(x), F.normalize(bare.features(x), dim=1))
+    assert bare.dim == bare.feature_dim == 1024
+    assert torch.allclose(bare(x), F.normalize(bare.features(x), dim=1))
+
+
+def test_a_new_encoder_says_that_its_weights_are_random():
+    """An untrained network must not pass for a trained one in a table."""
+    encoder = Encoder("shufflenet_v2_x0_5")
+    assert encoder.provenance == "shufflenet_v2_x0_5, random weights"
+    assert encoder.used_labels is False
+    assert encoder.image_size == 224
+
+
+def test_embeddings_are_float32_of_length_1_under_autocast():
+    """bf16 would store lengths of 0.996 in the queue, and the loss would refuse the network."""
+    encoder = Encoder("shufflenet_v2_x0_5").eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = encoder(torch.randn(8, 3, 32, 32))
+    assert z.dtype == torch.float32
+    assert torch.allclose(z.norm(dim=1), torch.ones(8), atol=1e-5)
 
 
 def test_features_are_those_of_torchvision():
-    """Weights must mean the same here and there, or nobody can use what was trained."""
+    """Weights must mean the same here and there, or nobody could use what was trained."""
     theirs = torchvision.models.resnet18(weights=None).eval()
     ours = Encoder("resnet18").eval()
-    ours.backbone.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
+    weights = {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    ours.backbone.load_state_dict(weights)
     x = torch.randn(2, 3, 64, 64)
     assert torch.allclose(theirs.fc(ours.features(x)), theirs(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("arch, before, after", [("resnet18", 1, 4), ("mobilenet_v3_large", 1, 2), ("efficientnet_b0", 1, 2), ("shufflenet_v2_x1_0", 1, 2)])
-def test_small_images_open_the_stem(arch, before, after):
-    """At 32 px ImageNet's stem leaves a single position to the last layers."""
-    side = {}
-    for small in (False, True):
-        encoder = Encoder(arch, small_images=small, image_size=32).eval()
-        convs = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
-        convs[-1].register_forward_hook(lambda m, i, out: side.update({small: out.shape[-1]}))
-        encoder.features(torch.randn(1, 3, 32, 32))
-    assert side == {False: before, True: after}
-    if arch == "resnet18":
-        assert encoder.backbone.conv1.kernel_size == (3, 3) and isinstance(encoder.backbone.maxpool, nn.Identity)
+def side_before_the_end(encoder):
+    """Side of the map behind the last convolution that sees more than one pixel; images: 32 px."""
+    sides = []
+    convs = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    convs[-1].register_forward_hook(lambda module, args, out: sides.append(out.shape[-1]))
+    encoder.features(torch.randn(1, 3, 32, 32))
+    return sides[0]
 
 
+@pytest.mark.parametrize("arch, plain, adapted", [
+    ("resnet18", 1, 4), ("mobilenet_v3_large", 1, 2), ("efficientnet_b0", 1, 2),
+    ("shufflenet_v2_x1_0", 1, 2)])
+def test_small_images_keep_their_resolution_at_first(arch, plain, adapted):
+    """At 32 px ImageNet's first layers would leave a single position to the last ones."""
+    assert side_before_the_end(Encoder(arch, image_size=32).eval()) == plain
+    encoder = Encoder(arch, small_images=True, image_size=32).eval()
+    assert side_before_the_end(encoder) == adapted
+    assert encoder.small_images
+
+
+def test_a_resnets_stem_becomes_that_of_cifar():
+    """Its results on CIFAR could not be compared with others' otherwise."""
+    backbone = Encoder("resnet18", small_images=True, image_size=32).backbone
+    assert backbone.conv1.kernel_size == (3, 3)
+    assert backbone.conv1.weight.shape == (64, 3, 3, 3)
+    assert backbone.conv1.bias is None
+    assert backbone.conv1(torch.randn(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+    assert isinstance(backbone.maxpool, nn.Identity)
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
 def test_a_network_that_does_not_fit_is_refused_by_name():
-    """A clear line now instead of a traceback after an hour of teaching."""
-    with pytest.raises(InputError, match="mobilenet_v3_large"):
-        Encoder("mobilenetv3_large")
-    with pytest.raises(InputError, match="squeezenet1_0 has no Linear"):
-        Encoder("squeezenet1_0")
-    with pytest.raises(InputError, match="googlenet .* more than one"):
-        Encoder("googlenet")
-    with pytest.raises(InputError, match="vit_b_16 .* at 32 px"):
-        Encoder("vit_b_16", image_size=32)
-    with pytest.raises(InputError, match="stem"):
-        Encoder("convnext_tiny", small_images=True)
+    """Instead of this line there would be a traceback, an hour later if it is the student's."""
+    with torch.device("meta"):                                          # no weights are needed
+        for options, match in (
+                (dict(arch="mobilenetv3_large"), "did you mean .*mobilenet_v3_large"),
+                (dict(arch="?"), "unknown network '\\?'; did you mean [a-z0-9_]+, [a-z0-9_]+, "),
+                (dict(arch="squeezenet1_0"), "squeezenet1_0 has no Linear"),
+                (dict(arch="googlenet"), "googlenet .* more than one"),
+                (dict(arch="vit_b_16", image_size=32), "vit_b_16 .* at 32 px"),
+                (dict(arch="convnext_tiny", small_images=True), "stride .* is 4, not 2")):
+            with pytest.raises(InputError, match=match) as caught:
+                Encoder(**options)
+            assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------- the teachers
-def moco_file(path, arch="resnet18", version=2, dim=128):
-    """A checkpoint laid out as MoCo's own code writes it; returns the query encoder that is in it."""
-    net = torchvision.models.get_model(arch, weights=None)
-    width = net.fc.in_features
-    net.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim)) if version == 2 else nn.Linear(width, dim)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 1.5)
-    state = {f"module.encoder_q.{k}": v for k, v in net.state_dict().items()}
-    state |= {f"module.encoder_k.{k}": torch.randn_like(v.float()) for k, v in net.state_dict().items()}
-    state |= {"module.queue": torch.randn(dim, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
-    torch.save({"epoch": 800, "arch": arch, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}, path)
-    return net.eval()
+class Fails(nn.Module):
+    """Raises an error of two lines."""
+
+    def forward(self, x):
+        raise RuntimeError("too small\nat layer 3")
+
+
+def test_whatever_a_network_raises_becomes_one_line():
+    """The command line prints the message as it is; a user reads one line, not a traceback."""
+    encoder = Encoder("shufflenet_v2_x0_5")
+    encoder.backbone = Fails()
+    with pytest.raises(InputError, match="^shufflenet.* at 32 px: too small; choose [^\n]*$"):
+        encoder.check_image_size(32)
+
+
+# ------------------------------------------------------------------------------------ the teachers
+def moco_network(arch, version):
+    """A network with MoCo's head of that version, and statistics that are not the initial ones."""
+    network = torchvision.models.get_model(arch, weights=None)
+    width = network.fc.in_features
+    network.fc = nn.Linear(width, 128)
+    if version == 2:
+        network.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), network.fc)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+def moco_file(network, arch):
+    """A checkpoint as MoCo's code writes it, with `network` as the query encoder."""
+    state = {}
+    for name, value in network.state_dict().items():
+        state[f"module.encoder_q.{name}"] = value
+        state[f"module.encoder_k.{name}"] = torch.randn_like(value.float())
+    state["module.queue"] = torch.randn(128, 64)
+    state["module.queue_ptr"] = torch.zeros(1, dtype=torch.long)
+    optimizer = {"state": {}, "param_groups": []}
+    return {"epoch": 800, "arch": arch, "state_dict": state, "optimizer": optimizer}
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_moco_checkpoint_becomes_the_teacher_that_is_in_it(tmp_path, version):
-    """Peers load with strict=False: a wrong prefix, and the student learns from random weights without a word."""
-    net = moco_file(tmp_path / "moco.pth.tar", version=version)
+    """With strict=False a wrong prefix would go unnoticed, and a random network be distilled."""
+    network = moco_network("resnet18", version)
+    torch.save(moco_file(network, "resnet18"), tmp_path / "moco.pth.tar")
     teacher = load_teacher(tmp_path / "moco.pth.tar")
     x = torch.randn(2, 3, 64, 64)
-    assert torch.allclose(teacher(x), F.normalize(net(x), dim=1), atol=1e-5)
-    assert "matched 120/120" in teacher.made and teacher.labels_seen is False
-    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert torch.allclose(teacher(x), F.normalize(network(x), dim=1), atol=1e-5)
+    assert teacher.dim == 128
+    assert teacher.provenance == "resnet18, MoCo checkpoint, matched 120/120 backbone keys"
+    assert teacher.used_labels is False
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_a_torchvision_file_teaches_by_its_features(tmp_path):
-    """Its last layer scores classes, and a random head in its place would teach noise."""
-    net = torchvision.models.resnet18(weights=None).eval()
-    torch.save(net.state_dict(), tmp_path / "resnet18.pth")
-    teacher = load_teacher(tmp_path / "resnet18.pth", "resnet18")
-    net.fc, x = nn.Identity(), torch.randn(2, 3, 64, 64)
-    assert teacher.dim == 512 and torch.allclose(teacher(x), F.normalize(net(x), dim=1), atol=1e-5)
-    assert teacher.labels_seen is None, "the file does not say"
-    with pytest.raises(InputError, match="--teacher-arch"):
-        load_teacher(tmp_path / "resnet18.pth")
-    with pytest.raises(InputError, match="keys match"):
-        load_teacher(tmp_path / "resnet18.pth", "resnet34")
-    torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
-    with pytest.raises(InputError, match="more than a resnet18"):
-        load_teacher(tmp_path / "resnet34.pth", "resnet18")         # every key of a resnet18 is there, and then some
-    torch.save({"module." + k: v for k, v in torchvision.models.resnet18(weights=None).state_dict().items() if "num_batches" not in k},
-               tmp_path / "old.pth")
-    assert load_teacher(tmp_path / "old.pth", "resnet18").dim == 512
-
-
-@pytest.mark.parametrize("options", [dict(dim=16, hidden_dim=24), dict(dim=16, hidden_dim=0), dict(dim=None), dict(small_images=True, image_size=32)])
-def test_an_encoder_file_comes_back_as_it_went(tmp_path, options):
-    """What a run leaves must be what it trained, head, stem and all."""
-    encoder = Encoder("resnet18", **options).eval()
-    save_encoder(tmp_path / "encoder.pt", encoder, "made by a test", True)
-    back, x = load_teacher(tmp_path / "encoder.pt"), torch.randn(2, 3, 32, 32)
-    assert torch.equal(back(x), encoder(x)) and back.labels_seen is True and "made by a test" in back.made
-    file = torch.load(tmp_path / "encoder.pt", weights_only=True)
-    if not options.get("small_images"):
-        missing = torchvision.models.resnet18(weights=None).load_state_dict(file["backbone"], strict=False)
-        assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_teacher_file_that_is_not_whole_is_an_error(tmp_path):
-    """Each of these would otherwise be distilled, or end in a traceback."""
-    path = tmp_path / "t.pth"
-    moco_file(path)
-    whole = torch.load(path, weights_only=True)
-
-    def refuses(match, asked=None, **change):
-        torch.save(whole | change, path)
-        with pytest.raises(InputError, match=match) as e:
-            load_teacher(path, asked)
-        assert "\n" not in str(e.value)
-
-    state = whole["state_dict"]
-    refuses("layer1.0.conv1.weight is missing", state_dict={k: v for k, v in state.items() if "layer1.0.conv1" not in k})
-    refuses("projection head", state_dict={k: v for k, v in state.items() if ".fc." not in k})
-    refuses("fc.0.bias is missing", state_dict={k: v for k, v in state.items() if k != "module.encoder_q.fc.0.bias"})
-    refuses("not finite", state_dict=state | {"module.encoder_q.conv1.weight": state["module.encoder_q.conv1.weight"] * math.nan})
-    refuses("start with", state_dict={f"other.{k}": v for k, v in state.items()})
-    refuses("holds a resnet18, not a resnet50", asked="resnet50")
-    refuses("expected", arch="resnet34")
-    refuses("more than a resnet18", state_dict=state | {"module.encoder_q.layer5.weight": torch.zeros(3)})
-    refuses("not a checkpoint", state_dict=None)
-    refuses("not a whole encoder.pt", format="seed-encoder")
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(InputError, match="cannot read"):
+    """Its last layer scores classes; a random head in its place would teach noise."""
+    network = torchvision.models.resnet18(weights=None).eval()
+    path = tmp_path / "resnet18.pth"
+    torch.save(network.state_dict(), path)
+    teacher = load_teacher(path, "resnet18")
+    network.fc = nn.Identity()
+    x = torch.randn(2, 3, 64, 64)
+    assert teacher.dim == 512
+    assert torch.allclose(teacher(x), F.normalize(network(x), dim=1), atol=1e-5)
+    assert teacher.used_labels is None                                  # the file does not say
+    assert "torchvision weights, no projection head" in teacher.provenance
+    with pytest.raises(InputError, match="does not say which network it is"):
         load_teacher(path)
-    with pytest.raises(InputError, match="no such file"):
-        load_teacher(tmp_path / "nothing.pth")
+    with pytest.raises(InputError, match="does not fit a resnet34: Missing key.*layer1.2.conv1"):
+        load_teacher(path, "resnet34")
 
 
-class Bomb:
+def test_a_file_of_a_larger_network_is_refused(tmp_path):
+    """It has each key of a resnet18, in the same shape: the result would be half a network."""
+    path = tmp_path / "resnet34.pth"
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), path)
+    with pytest.raises(InputError, match="does not fit a resnet18: Unexpected key.*layer1.2.conv1"):
+        load_teacher(path, "resnet18")
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", None])
+def test_older_and_wrapped_files_load_too(tmp_path, key):
+    """Trained with several GPUs, by an old PyTorch, or by torchvision's script, a file has other
+    names; it must not be refused, and must give the same weights."""
+    network = torchvision.models.shufflenet_v2_x0_5(weights=None).eval()
+    weights = {f"module.{k}": v for k, v in network.state_dict().items() if "num_batches" not in k}
+    assert len(weights) < len(network.state_dict())
+    torch.save({key: weights, "epoch": 3} if key else weights, tmp_path / "old.pth")
+    teacher = load_teacher(tmp_path / "old.pth", "shufflenet_v2_x0_5")
+    network.fc = nn.Identity()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(teacher.features(x), network(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    dict(arch="shufflenet_v2_x0_5", dim=16, hidden_dim=24, image_size=32),
+    dict(arch="shufflenet_v2_x0_5", dim=16, hidden_dim=0),
+    dict(arch="shufflenet_v2_x0_5", dim=None),
+    dict(arch="resnet18", small_images=True, image_size=32)])
+def test_an_encoder_file_comes_back_as_it_was_saved(tmp_path, options):
+    """What a run leaves must be what it trained: backbone, head and first layers."""
+    encoder = Encoder(**options).eval()
+    save_encoder(tmp_path / "encoder.pt", encoder, "made by a test", True)
+    loaded = load_teacher(tmp_path / "encoder.pt")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), encoder(x))
+    for name in ("arch", "dim", "hidden_dim", "small_images", "image_size", "feature_dim"):
+        assert getattr(loaded, name) == getattr(encoder, name), name
+    assert type(loaded.head) is type(encoder.head)
+    assert loaded.used_labels is True
+    assert loaded.provenance.startswith(f"{encoder.arch}, made by a test, matched ")
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert os.listdir(tmp_path) == ["encoder.pt"]
+
+
+def test_the_backbone_in_an_encoder_file_has_torchvisions_names(tmp_path):
+    """Users load it into a plain torchvision network; the statistics say how to normalize."""
+    save_encoder(tmp_path / "encoder.pt", Encoder("resnet18"), "made by a test", False)
+    file = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    network = torchvision.models.resnet18(weights=None)
+    result = network.load_state_dict(file["backbone"], strict=False)
+    assert result.missing_keys == ["fc.weight", "fc.bias"]
+    assert not result.unexpected_keys
+    assert (file["mean"], file["std"]) == (seed.IMAGENET_MEAN, seed.IMAGENET_STD)
+
+
+def test_an_encoder_file_of_the_first_version_still_loads(tmp_path):
+    """Whoever trained a teacher before the names changed would have to train it again."""
+    path = tmp_path / "encoder.pt"
+    encoder = Encoder("shufflenet_v2_x0_5", dim=16).eval()
+    save_encoder(path, encoder, "made long ago", True)
+    file = torch.load(path, weights_only=True)
+    file["made"] = file.pop("provenance")
+    file["labels_seen"] = file.pop("used_labels")
+    torch.save(file, path)
+    loaded = load_teacher(path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), encoder(x))
+    assert "made long ago" in loaded.provenance
+    assert loaded.used_labels is True
+
+
+def test_a_kill_while_saving_leaves_the_earlier_file(tmp_path, monkeypatch):
+    """Half a file in place of the last checkpoint would cost the whole run."""
+    path = tmp_path / "last.pt"
+    seed.save_file(path, {"step": 1})
+
+    def killed(content, target):
+        Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        seed.save_file(path, {"step": 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def refusal(path, arch=None):
+    """The line with which `load_teacher` refuses a file."""
+    with pytest.raises(InputError) as caught:
+        load_teacher(path, arch)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_moco_file_that_is_not_whole_is_an_error(tmp_path):
+    """Each of these would otherwise be distilled, or end in a traceback."""
+    path = tmp_path / "moco.pth"
+    arch = "shufflenet_v2_x0_5"
+    whole = moco_file(moco_network(arch, version=2), arch)
+    query = "module.encoder_q."
+
+    def refused(change, drop="nothing"):
+        """The line about the file with other weights, and without those with `drop` in the name."""
+        state = {k: v for k, v in {**whole["state_dict"], **change}.items() if drop not in k}
+        torch.save({**whole, "state_dict": state}, path)
+        return refusal(path)
+
+    conv = whole["state_dict"][f"{query}conv1.0.weight"]
+    one_nan = conv.clone()
+    one_nan[3, 1, 0, 2] = math.nan
+    assert 'Missing key(s) in state_dict: "backbone.conv5.0.weight"' in refused(
+        {}, drop="conv5.0.weight")
+    assert "projection head is missing (no module.encoder_q.fc.2." in refused({}, drop=".fc.")
+    assert 'Missing key(s) in state_dict: "head.0.bias"' in refused({}, drop="encoder_q.fc.0.bias")
+    assert "conv1.0.weight has numbers that are not finite" in refused(
+        {f"{query}conv1.0.weight": one_nan})
+    message = refused({f"{query}conv1.0.weight": conv[..., 0]})
+    assert "size mismatch for backbone.conv1.0.weight" in message
+    message = refused({f"{query}conv1.0.weight": 3})
+    assert "backbone.conv1.0.weight" in message
+    message = refused({f"{query}layer5.weight": torch.zeros(3)})
+    assert 'Unexpected key(s) in state_dict: "backbone.layer5.weight"' in message
+    message = refused({"decoder.weight": torch.zeros(3)})
+    assert 'Unexpected key(s) in state_dict: "decoder.weight"' in message
+
+
+def test_a_file_of_another_network_is_an_error(tmp_path):
+    """Each of these would otherwise be distilled, or end in a traceback."""
+    path = tmp_path / "file.pth"
+    arch = "shufflenet_v2_x0_5"
+    whole = moco_file(moco_network(arch, version=2), arch)
+    torch.save(whole, path)
+    assert f"holds a {arch}, not a resnet50" in refusal(path, "resnet50")
+    torch.save({**whole, "arch": "shufflenet_v2_x1_0"}, path)
+    assert "does not fit a shufflenet_v2_x1_0: size mismatch for backbone." in refusal(path)
+    renamed = {f"other.{k}": v for k, v in whole["state_dict"].items()}
+    torch.save({**whole, "state_dict": renamed}, path)
+    message = refusal(path)
+    assert 'Missing key(s) in state_dict: "backbone.conv1.0.weight"' in message
+    assert "Unexpected key(s) in state_dict: " in message
+    assert "other.module.encoder_" in message                           # what it does hold
+
+
+def test_what_is_no_checkpoint_is_an_error_in_one_line(tmp_path):
+    """A traceback would not say which file it is about, or what to do."""
+    path = tmp_path / "file.pth"
+    for content in (torch.zeros(3), {"state_dict": None}, {"state_dict": {1: torch.zeros(3)}}):
+        torch.save(content, path)
+        assert f"{path} is not a checkpoint" in refusal(path, "shufflenet_v2_x0_5")
+    save_encoder(path, Encoder("shufflenet_v2_x0_5"), "made by a test", False)
+    whole = torch.load(path, weights_only=True)
+    for name in ("arch", "dim", "hidden_dim", "small_images", "image_size", "backbone", "head"):
+        torch.save({k: v for k, v in whole.items() if k != name}, path)
+        assert f"{path} is not a whole encoder.pt: no {name}" in refusal(path, whole["arch"])
+    path.write_bytes(path.read_bytes()[:300])
+    assert f"cannot read {path}: " in refusal(path)
+    assert f"no such file: {tmp_path / 'nothing.pth'}" in refusal(tmp_path / "nothing.pth")
+
+
+class RunsACommand:
+    """Creates a file when it is unpickled."""
+
     def __reduce__(self):
         return os.system, ("touch exploded",)
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
-    """Checkpoints are passed around by strangers."""
+    """Checkpoints are passed on by strangers."""
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Bomb()}, "bomb.pth")
-    with pytest.raises(InputError, match="cannot read"):
-        load_teacher("bomb.pth", "resnet18")
+    torch.save({"state_dict": RunsACommand()}, "file.pth")
+    assert "cannot read file.pth" in refusal("file.pth", "resnet18")
     assert not Path("exploded").exists()
+
+
+def test_a_checkpoint_from_an_address_cannot_run_code_either(monkeypatch):
+    """And two teachers whose addresses end alike must not be taken for each other."""
     asked = []
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: asked.append(options) or {})
-    for address in ("https://a.org/teacher.pth", "https://b.org/teacher.pth"):
-        seed.read_checkpoint(address)
-    assert all(options["weights_only"] is True for options in asked), "from afar least of all"
-    assert asked[0]["file_name"] != asked[1]["file_name"], "two teachers, two files"
+
+    def download(url, **options):
+        asked.append(options)
+        return {"from": url}
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    for address in ("https://a.org/teacher.pth", "http://b.org/teacher.pth"):
+        assert seed.read_checkpoint(address) == {"from": address}
+    assert [options["weights_only"] for options in asked] == [True, True]
+    assert [options["map_location"] for options in asked] == ["cpu", "cpu"]
+    assert asked[0]["file_name"] != asked[1]["file_name"]
+    assert all(options["file_name"].endswith("-teacher.pth") for options in asked)
 
 
-# ------------------------------------------------------------------------------------------------- the views
-def test_uniforms_are_a_function_of_who_asks():
-    """Views must not depend on batch, worker, rank or machine; so the numbers are pinned for good."""
+# --------------------------------------------------------------------------------------- the views
+def test_uniforms_depend_on_seed_epoch_sample_and_view_alone():
+    """Views must not depend on batch, worker, process or machine, or no run could be repeated."""
     u = uniforms(0, 0, range(8))
-    assert u.shape == (8, seed.UNIFORMS) and u.dtype == torch.float32
-    assert torch.equal(uniforms(0, 0, [5]), u[5:6]) and torch.equal(uniforms(0, 0, torch.tensor([3, 1])), u[[3, 1]])
-    for other in (uniforms(1, 0, range(8)), uniforms(0, 1, range(8)), uniforms(0, 0, range(8), view=1), uniforms(0, 0, range(8, 16))):
+    assert u.shape == (8, seed.UNIFORMS)
+    assert u.dtype == torch.float32
+    assert torch.equal(uniforms(0, 0, [5]), u[5:6])
+    assert torch.equal(uniforms(0, 0, torch.tensor([3, 1])), u[[3, 1]])
+    for other in (uniforms(1, 0, range(8)), uniforms(0, 1, range(8)),
+                  uniforms(0, 0, range(8), view=1), uniforms(0, 0, range(8, 16))):
         assert not (other == u).any()
-    assert not torch.equal(uniforms(1, 2, [3]), uniforms(2, 1, [3])), "(seed, epoch) is a pair, not a sum"
+    assert not torch.equal(uniforms(1, 2, [3]), uniforms(2, 1, [3]))
 
 
-def test_uniforms_are_splitmix64():
-    """Written out with Python's integers; the first output from seed 0 is the published one."""
-    full, golden = 2**64 - 1, 0x9E3779B97F4A7C15
+FULL = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15
 
-    def stir(x):
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & full
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & full
-        return x ^ (x >> 31)
 
-    assert stir(golden) == 0xE220A8397B1DCDAF
-    for who in ((0, 0, 0, 0), (3, 2, 1, 7), (-1, 10**6, 2, 1_281_166)):
-        x = 0
-        for word in who:                                            # seed, epoch, view, index
-            x = stir(((x ^ word & full) + golden) & full)
-        slow = [(stir((x + golden * j) & full) >> 40) / 2**24 for j in range(1, seed.UNIFORMS + 1)]
-        assert uniforms(who[0], who[1], [who[3]], who[2])[0].tolist() == slow
+def mix(x):
+    """SplitMix64's output function with Python's integers."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & FULL
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & FULL
+    return x ^ (x >> 31)
+
+
+@pytest.mark.parametrize("number, epoch, view, index", [
+    (0, 0, 0, 0), (3, 2, 1, 7), (-1, 10**6, 2, 1_281_166)])
+def test_uniforms_are_splitmix64(number, epoch, view, index):
+    """With other numbers a run could not be resumed by a later version of this code."""
+    assert mix(GOLDEN) == 0xE220A8397B1DCDAF                            # published: seed 0
+    x = 0
+    for word in (number, epoch, view, index):
+        x = mix(((x ^ word & FULL) + GOLDEN) & FULL)
+    counters = [x + GOLDEN * j & FULL for j in range(1, seed.UNIFORMS + 1)]
+    expected = [(mix(counter) >> 40) / 2**24 for counter in counters]
+    assert uniforms(number, epoch, [index], view)[0].tolist() == expected
 
 
 def test_uniforms_are_uniform_and_independent():
-    """A poor hash would give every picture the same few crops."""
+    """A poor hash would give each image the same few crops."""
     u = torch.cat([uniforms(0, epoch, range(5000)) for epoch in range(4)]).double()
-    assert u.min() >= 0 and u.max() < 1 and len(u.unique()) > 0.95 * u.numel() * (1 - u.numel() / 2**25)
-    assert (u.mean(0) - 0.5).abs().max() < 0.01 and (u.var(0) - 1 / 12).abs().max() < 0.005
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert len(u.unique()) > 0.95 * u.numel() * (1 - u.numel() / 2**25)
+    assert (u.mean(dim=0) - 0.5).abs().max() < 0.01
+    assert (u.var(dim=0) - 1 / 12).abs().max() < 0.005
     assert (torch.corrcoef(u.T) - torch.eye(seed.UNIFORMS)).abs().max() < 0.03
-    assert torch.corrcoef(torch.stack([u[:5000, 0], u[5000:10000, 0]]))[0, 1].abs() < 0.05
+    two_epochs = torch.stack([u[:5000, 0], u[5000:10000, 0]])
+    assert torch.corrcoef(two_epochs)[0, 1].abs() < 0.05
 
 
-def pictures(n=4, h=40, w=48):
-    """Smooth random colours, so that an error of half a pixel shows but noise does not drown it."""
-    return F.interpolate(torch.rand(n, 3, 7, 7), (h, w), mode="bicubic", align_corners=False).clamp(0, 1)
+def smooth_images(n=4, height=40, width=48):
+    """Random colors that change slowly: an error of half a pixel shows, noise does not hide it."""
+    x = F.interpolate(torch.rand(n, 3, 7, 7), (height, width), mode="bicubic")
+    return x.clamp(0, 1)
+
+
+def smooth_bytes(n=4, height=40, width=48):
+    """The same as uint8."""
+    return (255 * smooth_images(n, height, width)).round().to(torch.uint8)
+
+
+def unchanging(n=1):
+    """Random numbers with which `augment` changes nothing, if it does not crop."""
+    return torch.full((n, seed.UNIFORMS), 0.999)
+
+
+def denormalized(view):
+    """The view in [0, 1] again."""
+    mean = torch.tensor(seed.IMAGENET_MEAN).view(1, 3, 1, 1)
+    return view * torch.tensor(seed.IMAGENET_STD).view(1, 3, 1, 1) + mean
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_crop_and_resize_is_torchvisions(size):
-    """Shrinking without antialiasing, or half a pixel of shift, costs accuracy that nobody can explain."""
+    """Without antialiasing, or half a pixel off, accuracy is lost that nobody can explain."""
     x = torch.rand(4, 3, 40, 48)
     boxes = torch.tensor([[0, 0, 40, 48], [3, 5, 20, 30], [10, 10, 7, 9], [39, 47, 1, 1]])
     ours = seed.crop_and_resize(x, boxes.float(), size)
-    for i, (top, left, h, w) in enumerate(boxes.tolist()):
-        assert (ours[i] - T.resized_crop(x[i], top, left, h, w, [size, size], antialias=True)).abs().max() < 1e-5
+    for i, box in enumerate(boxes.tolist()):
+        theirs = T.resized_crop(x[i], *box, [size, size], antialias=True)
+        assert (ours[i] - theirs).abs().max() < 1e-5
 
 
-def test_colour_operations_are_torchvisions():
-    """Same names, same meaning: settings carry over from every other code base."""
-    x, f = torch.rand(5, 3, 20, 30), torch.tensor([0.6, 0.8, 1.0, 1.2, 1.4])
-    turn, column = torch.tensor([-0.1, -0.03, 0.0, 0.07, 0.5]), lambda v: v[:, None, None, None]
-    contrast = seed.blend_(x.clone(), seed.to_grey(x).mean((2, 3), keepdim=True), column(f))
-    saturation, hue = seed.blend_(x.clone(), seed.to_grey(x), column(f)), seed.shift_hue(x, column(turn))
+@pytest.mark.parametrize("column, operation", [
+    (seed.BRIGHTNESS, T.adjust_brightness), (seed.CONTRAST, T.adjust_contrast),
+    (seed.SATURATION, T.adjust_saturation)])
+def test_color_operations_are_torchvisions(column, operation):
+    """Settings of other code bases would mean something else here."""
+    x = torch.rand(5, 3, 20, 30)
+    factors = torch.tensor([0.6, 0.8, 1.0, 1.2, 1.4])
+    u = unchanging(5)
+    u[:, seed.JITTER] = 0
+    u[:, [seed.BRIGHTNESS, seed.CONTRAST, seed.SATURATION, seed.HUE]] = 0.5     # factor 1, hue 0
+    u[:, column] = (factors - 0.6) / 0.8
+    ours = denormalized(augment(x, u, scale=None))
+    for i, factor in enumerate(factors.tolist()):
+        assert (ours[i] - operation(x[i], factor)).abs().max() < 1e-4
+
+
+def test_the_hue_is_torchvisions():
+    """Settings of other code bases would mean something else here."""
+    x = torch.rand(5, 3, 20, 30)
+    x[:, :, 0, :3] = torch.tensor([0.0, 0.5, 1.0])                      # black, gray and white
+    shift = torch.tensor([-0.1, -0.03, 0.0, 0.07, 0.5])
+    ours = seed.adjust_hue(x, shift.view(5, 1, 1, 1))
     for i in range(5):
-        assert (contrast[i] - T.adjust_contrast(x[i], f[i].item())).abs().max() < 1e-4
-        assert (saturation[i] - T.adjust_saturation(x[i], f[i].item())).abs().max() < 1e-4
-        assert (hue[i] - T.adjust_hue(x[i], turn[i].item())).abs().max() < 1e-4
-    grey = torch.full((1, 3, 4, 4), 0.3)
-    assert torch.allclose(seed.shift_hue(grey, torch.tensor(0.3).view(1, 1, 1, 1)), grey)
+        assert (ours[i] - T.adjust_hue(x[i], shift[i].item())).abs().max() < 1e-4
+    gray = torch.full((1, 3, 4, 4), 0.3)
+    assert torch.allclose(seed.adjust_hue(gray, torch.full((1, 1, 1, 1), 0.3)), gray)
 
 
-def test_blur_is_torchvisions():
-    """With its kernel of 13; the border is mirrored."""
-    x, sigma = torch.rand(4, 3, 20, 30), torch.tensor([0.1, 0.7, 1.3, 2.0])
+@pytest.mark.parametrize("height, width", [(20, 30), (7, 7)])
+def test_blur_is_torchvisions(height, width):
+    """With its kernel of 13 and mirrored borders; 7 px is the smallest side it allows."""
+    x = torch.rand(4, 3, height, width)
+    sigma = torch.tensor([0.1, 0.7, 1.3, 2.0])
     ours = seed.gaussian_blur(x, sigma)
     for i in range(4):
-        assert (ours[i] - T.gaussian_blur(x[i], [13, 13], [sigma[i].item()] * 2)).abs().max() < 1e-4
+        theirs = T.gaussian_blur(x[i], [13, 13], [sigma[i].item()] * 2)
+        assert (ours[i] - theirs).abs().max() < 1e-4
 
 
-def neutral(n=1):
-    """Uniform numbers that change nothing but brightness (factor 1): no flip, jitter, grey or blur."""
-    return torch.full((n, seed.UNIFORMS), 0.999)
-
-
-def restored(view):
-    """Undo the normalisation."""
-    return view * torch.tensor(seed.IMAGENET_STD).view(1, 3, 1, 1) + torch.tensor(seed.IMAGENET_MEAN).view(1, 3, 1, 1)
+def slow_view(image, row, size):
+    """The view of one image [3, H, W] by torchvision's functions; row: U floats."""
+    box = crop_box(torch.tensor([row]), *image.shape[1:])
+    x = seed.crop_and_resize(image[None] / 255, box, size)[0]
+    if row[seed.FLIP] < 0.5:
+        x = T.horizontal_flip(x)
+    x = T.adjust_brightness(x, 1 + 0.4 * (2 * row[seed.BRIGHTNESS] - 1))
+    x = T.adjust_contrast(x, 1 + 0.4 * (2 * row[seed.CONTRAST] - 1))
+    x = T.adjust_saturation(x, 1 + 0.4 * (2 * row[seed.SATURATION] - 1))
+    x = T.adjust_hue(x, 0.1 * (2 * row[seed.HUE] - 1))
+    if row[seed.GRAY] < 0.2:
+        x = T.rgb_to_grayscale(x, 3)
+    return T.gaussian_blur(x, [13, 13], [0.1 + 1.9 * row[seed.SIGMA]] * 2)
 
 
 def test_a_view_is_torchvisions_chain_with_the_same_numbers():
-    """The operations in their order, each with the parameter that its column names."""
-    images = (255 * pictures(6)).round().to(torch.uint8)
+    """In another order, or with swapped columns, the views would be other than MoCo-v2's."""
+    images = smooth_bytes(6)
     u = uniforms(0, 0, range(100))
     u = u[(u[:, seed.JITTER] < 0.8) & (u[:, seed.BLUR] < 0.5)][:6]
-    u[3:, seed.GREY], u[3:, seed.FLIP], u[:3, seed.GREY], u[:3, seed.FLIP] = 0.1, 0.1, 0.3, 0.6
-    ours = restored(augment(images, u, 32))
+    u[:3, seed.FLIP] = 0.6
+    u[3:, seed.FLIP] = 0.1
+    u[:3, seed.GRAY] = 0.3
+    u[3:, seed.GRAY] = 0.1
+    ours = denormalized(augment(images, u, 32))
+    assert ours.shape == (6, 3, 32, 32)
     for i, row in enumerate(u.tolist()):
-        top, left, h, w = crop_box(u[i:i + 1], 40, 48)[0]
-        x = seed.crop_and_resize(images[i:i + 1] / 255, torch.stack([top, left, h, w])[None], 32)[0]
-        strength = lambda c: 1 + 0.4 * (2 * row[c] - 1)
-        x = T.horizontal_flip(x) if row[seed.FLIP] < 0.5 else x
-        x = T.adjust_brightness(x, strength(seed.BRIGHT))
-        x = T.adjust_contrast(x, strength(seed.CONTRAST))
-        x = T.adjust_saturation(x, strength(seed.SATURATE))
-        x = T.adjust_hue(x, 0.1 * (2 * row[seed.HUE] - 1))
-        x = T.rgb_to_grayscale(x, 3) if row[seed.GREY] < 0.2 else x
-        x = T.gaussian_blur(x, [13, 13], [0.1 + 1.9 * row[seed.SIGMA]] * 2)
-        assert (ours[i] - x).abs().max() < 2 / 255
+        assert (ours[i] - slow_view(images[i], row, 32)).abs().max() < 2 / 255
 
 
-def test_each_switch_has_mocos_probability():
-    """Jitter 0.8, grey 0.2, blur 0.5, flip 0.5: a weaker view makes the task too easy."""
-    image = (255 * pictures(1, 32, 32)).round().to(torch.uint8)
-    plain = augment(image, neutral(), 32, scale=None)
-    for column, p in ((seed.FLIP, 0.5), (seed.GREY, 0.2), (seed.BLUR, 0.5), (seed.JITTER, 0.8)):
-        for value, changes in ((p - 0.01, True), (p + 0.01, False)):
-            u = neutral()
-            u[:, column] = value
-            assert torch.allclose(augment(image, u, 32, scale=None), plain, atol=1e-4) != changes, (column, value)
-    u = neutral()
+@pytest.mark.parametrize("name, p", [("FLIP", 0.5), ("GRAY", 0.2), ("BLUR", 0.5), ("JITTER", 0.8)])
+def test_each_switch_has_mocos_probability(name, p):
+    """Weaker views make the task too easy."""
+    image = smooth_bytes(1, 32, 32)
+    plain = augment(image, unchanging(), 32, scale=None)
+    assert torch.allclose(denormalized(plain), image / 255, atol=1e-5)
+    u = unchanging()
+    u[:, getattr(seed, name)] = p + 0.01
+    assert torch.allclose(augment(image, u, 32, scale=None), plain, atol=1e-4)
+    u[:, getattr(seed, name)] = p - 0.01
+    assert not torch.allclose(augment(image, u, 32, scale=None), plain, atol=1e-4)
+
+
+def test_blur_can_be_switched_off():
+    """Small images are trained without it, as in MoCo's CIFAR demonstration."""
+    image = smooth_bytes(1, 32, 32)
+    u = unchanging()
     u[:, seed.BLUR] = 0
-    assert torch.equal(augment(image, u, 32, scale=None, blur=False), plain)
+    plain = augment(image, unchanging(), scale=None)
+    assert torch.equal(augment(image, u, scale=None, blur=False), plain)
+    assert not torch.allclose(augment(image, u, scale=None), plain, atol=1e-4)
 
 
-def test_a_view_does_not_depend_on_its_neighbours():
-    """Otherwise one process and two would not see the same pictures."""
-    images, u = (255 * pictures(6)).to(torch.uint8), uniforms(3, 1, range(6))
+def test_a_view_does_not_depend_on_its_neighbors():
+    """Otherwise one process and two would not see the same images."""
+    images = smooth_bytes(6)
+    u = uniforms(3, 1, range(6))
     together = augment(images, u, 24)
-    assert torch.equal(together, augment(images, u, 24)), "and it is the same each time"
+    assert torch.equal(together, augment(images, u, 24))                # the same each time
     for i in range(6):
-        assert torch.allclose(together[i:i + 1], augment(images[i:i + 1], u[i:i + 1], 24), atol=1e-5)
+        alone = augment(images[i:i + 1], u[i:i + 1], 24)
+        assert torch.allclose(together[i:i + 1], alone, atol=1e-5)
 
 
-def test_a_view_leaves_the_pictures_alone_and_reads_bytes_as_floats():
-    """The data set lies in memory: an operation in place would wear it away."""
-    images, u = (255 * pictures(4)).to(torch.uint8), uniforms(0, 0, range(4))
-    before = images.clone()
-    white = seed.normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten()
-    assert torch.allclose(white, torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])), "as every ImageNet checkpoint"
-    as_bytes = augment(images, u, 24)
+def test_normalize_is_that_of_every_imagenet_checkpoint():
+    """A published teacher expects it; otherwise it would see images unlike those it knows."""
+    white = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+    expected = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    assert torch.allclose(seed.normalize(white).flatten(), expected)
+    x = torch.rand(2, 3, 4, 4)
+    theirs = T.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert torch.allclose(seed.normalize(x), theirs, atol=1e-6)
+    assert seed.normalize(x.double()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [(0.2, 1.0), None])
+def test_a_view_leaves_the_images_as_they_are(scale):
+    """The data set lies in memory: an operation in place would change it for all later epochs."""
+    images = smooth_bytes()
     floats = images / 255
-    kept = floats.clone()
-    assert torch.allclose(augment(floats, u, 24), as_bytes, atol=1e-5)
-    assert torch.allclose(augment(floats, u, scale=None), augment(images, u, scale=None), atol=1e-5)
-    assert torch.equal(images, before) and torch.equal(floats, kept)
-    with pytest.raises(ValueError, match="expected"):
-        augment(images, u[:2], 24)
+    images_before = images.clone()
+    floats_before = floats.clone()
+    u = uniforms(0, 0, range(4))
+    u[0] = unchanging()                                                 # one that nothing copies
+    u_before = u.clone()
+    of_bytes = augment(images, u, scale=scale)
+    assert of_bytes.dtype == torch.float32
+    assert torch.allclose(augment(floats, u, scale=scale), of_bytes, atol=1e-5)
+    assert torch.equal(images, images_before)
+    assert torch.equal(floats, floats_before)
+    assert torch.equal(u, u_before)
+
+
+def test_a_view_is_as_high_as_the_image_unless_a_size_is_given():
+    """Networks are built for one size; images need not be square."""
+    images = smooth_bytes(2)
+    u = uniforms(0, 0, range(2))
+    assert augment(images, u).shape == (2, 3, 40, 40)
+    assert augment(images, u, 24).shape == (2, 3, 24, 24)
+    assert augment(images, u, scale=None).shape == (2, 3, 40, 48)
+
+
+def test_augment_refuses_what_does_not_fit():
+    """A crop of another size than asked, or numbers of other images, would not be noticed."""
+    images = smooth_bytes()
+    u = uniforms(0, 0, range(4))
+    for bad_images in (images[:, :, 0], images[:, :1]):
+        with pytest.raises(ValueError, match="expected images"):
+            augment(bad_images, u, 24)
+    for bad_u in (u[:2], u[:, 1:]):
+        with pytest.raises(ValueError, match="expected images"):
+            augment(images, bad_u, 24)
+    with pytest.raises(ValueError, match="40 px cannot become 24 px"):
+        augment(images, u, 24, scale=None)
+
+
+def slow_crop_box(row, height, width, scale):
+    """The box of one image with loops: the first of ten tries that fits, or the largest box."""
+    for area_number, ratio_number in zip(row[seed.AREA], row[seed.RATIO]):
+        area = (scale[0] + area_number * (scale[1] - scale[0])) * height * width
+        ratio = (3 / 4) * (16 / 9) ** ratio_number                      # 3/4 .. 4/3, even in log
+        h = math.sqrt(area / ratio)
+        w = math.sqrt(area * ratio)
+        if h <= height and w <= width:
+            break
+    else:
+        h = min(height, width * 4 / 3)
+        w = min(width, height * 4 / 3)
+    return [row[seed.TOP] * (height - h), row[seed.LEFT] * (width - w), h, w]
+
+
+@pytest.mark.parametrize("height, width", [(40, 48), (500, 200), (1000, 10), (10, 1000)])
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.14, 1.0)])
+def test_crop_boxes_are_the_first_try_that_fits(height, width, scale):
+    """In memory and from disk an image has the same box only if the rule is exactly this one."""
+    u = uniforms(5, 2, range(200))
+    boxes = crop_box(u, height, width, scale)
+    expected = [slow_crop_box(row, height, width, scale) for row in u.tolist()]
+    assert torch.allclose(boxes, torch.tensor(expected), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("height, width", [(320, 320), (300, 400), (500, 200)])
 def test_crop_boxes_have_torchvisions_distribution(height, width):
-    """Area 0.2-1 of the picture, aspect ratio 3/4-4/3, anywhere inside it: larger crops make an easier, worse task."""
+    """Area 0.2 to 1 of the image, aspect ratio 3/4 to 4/3, anywhere inside: with larger crops the
+    task would be easier and teach less."""
     u = torch.cat([uniforms(0, epoch, range(5000)) for epoch in range(2)])
-    top, left, h, w = crop_box(u, height, width).unbind(1)
-    assert h.dtype == torch.float32
-    assert top.min() >= 0 and left.min() >= 0 and (top + h).max() <= height * 1.0001 and (left + w).max() <= width * 1.0001
-    theirs = torch.tensor([torchvision.transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), (0.2, 1.0), (3 / 4, 4 / 3))
-                           for _ in range(10000)]).double()
+    ours = crop_box(u, height, width)
+    top, left, h, w = ours.unbind(1)
+    assert ours.dtype == torch.float32
+    assert min(top.min(), left.min()) >= 0
+    assert (top + h).max() <= height * 1.0001
+    assert (left + w).max() <= width * 1.0001
+    image = torch.empty(3, height, width)
+    draw = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = torch.tensor([draw(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(10000)])
     deciles = torch.linspace(0.1, 0.9, 9).double()
-    for ours, their in ((h * w, theirs[:, 2] * theirs[:, 3]), (w / h, theirs[:, 3] / theirs[:, 2]), (top, theirs[:, 0]), (left, theirs[:, 1])):
-        spread = their.quantile(0.9) - their.quantile(0.1)
-        assert ((ours.double().quantile(deciles) - their.quantile(deciles)).abs() / spread).max() < 0.05
+    for measure in (box_area, box_ratio, box_top, box_left):
+        our_deciles = measure(ours.double()).quantile(deciles)
+        their_deciles = measure(theirs.double()).quantile(deciles)
+        spread = their_deciles[-1] - their_deciles[0]
+        assert ((our_deciles - their_deciles).abs() / spread).max() < 0.05
+
+
+def box_area(box):
+    return box[:, 2] * box[:, 3]
+
+
+def box_ratio(box):
+    return box[:, 3] / box[:, 2]
+
+
+def box_top(box):
+    return box[:, 0]
+
+
+def box_left(box):
+    return box[:, 1]
 
 
 def test_small_crops_are_small():
-    """The paper's multi-crop setting: 0.05-0.14 of the picture."""
-    u = uniforms(0, 0, range(2000))
-    small = crop_box(u, 100, 100, (0.05, 0.14))
-    assert (small[:, 2] * small[:, 3] / 1e4).min() > 0.0499 and (small[:, 2] * small[:, 3] / 1e4).max() < 0.1401
+    """The paper's multi-crop setting: 0.05 to 0.14 of the image."""
+    share = box_area(crop_box(uniforms(0, 0, range(2000)), 100, 100, (0.05, 0.14))) / 1e4
+    assert 0.0499 < share.min() < 0.052
+    assert 0.138 < share.max() < 0.1401
 
 
-# ----------------------------------------------------------------------------------------------- the methods
-def test_the_teacher_cannot_be_woken():
-    """In train mode its batch norm drifts with every batch, and the queue compares apples with pears."""
-    method = SEED(Toy(), Toy(), queue_size=16)
-    before = snapshot(method.teacher)
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
-    for _ in range(3):
-        method.train()
-        loss, _ = method([torch.randn(4, 3, 8, 8)])
-        loss.backward()
-        optimizer.step()
-        method.finish_step()
-    assert same(before, snapshot(method.teacher)) and not method.teacher.training and method.encoder.training
+# ----------------------------------------------------------------------------------------- the toy
+def test_the_toy_runs(capsys):
+    """`python seed.py` is the first thing that a reader tries, and its table is explained there."""
+    seed.toy()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "step" in line]
+    rows = [dict(zip(line[::2], map(float, line[1::2]))) for line in lines]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["kl"] + row["entropy"], abs=0.011)
+        assert row["loss_of_a_copy"] >= row["entropy"]
+        assert 0 <= row["self_prob"] <= 1
+    assert [row["step"] for row in rows] == [0, 3, 10, 30, 100, 300]
+    assert [row["queue_filled"] for row in (rows[0], rows[-1])] == [0, 1]
+    assert rows[-1]["loss"] == pytest.approx(rows[-1]["loss_of_a_copy"], abs=0.5)
+    assert rows[-1]["kl"] < 0.6 * rows[0]["kl"]
+    assert rows[-1]["top1_agreement"] > 0.3
 
 
-def test_seed_shows_the_same_view_to_both_and_moves_the_queue_only_afterwards():
-    """The logits use the queue as it was; an entry of this very batch would be a second right answer."""
-    student, teacher, x = Toy(), Toy().eval(), torch.randn(4, 3, 8, 8)
-    method = SEED(student, teacher, queue_size=16, tau_s=0.3, tau_t=0.07)
-    queue = method.queue.features.clone()
-    copied = copy.deepcopy(student)
-    loss, stats = method([x])
-    assert torch.equal(method.queue.features, queue) and stats["fill"] == 0
-    assert torch.isclose(loss, seed_loss(copied(x), teacher(x), queue, 0.3, 0.07))
-    method.finish_step()
-    assert torch.allclose(method.queue.features[:4], teacher(x)) and torch.equal(method.queue.features[4:], queue[4:])
+def test_seed_py_needs_no_other_file():
+    """Whoever copies this one file must be able to use it."""
+    modules = set()
+    for node in ast.walk(ast.parse(Path(seed.__file__).read_text())):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name.split(".")[0] for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            modules.add(node.module.split(".")[0])
+    assert "torch" in modules
+    assert not modules & {"train", "probe"}
+    assert modules <= set(sys.stdlib_module_names) | {"numpy", "torch", "torchvision"}
 
 
-def test_seed_takes_teacher_embeddings_ready_made():
-    """All that a cache of embeddings needs: the teacher does not run."""
-    method, x = SEED(Toy(), Toy(), queue_size=16), torch.randn(4, 3, 8, 8)
-    method.encoder.eval()
-    z = method.teacher(x)
-    loss, _ = method([x])
-    method.teacher = None
-    assert torch.equal(method([x], teacher_z=z)[0], loss)
+# ---------------------------------------------------------------------------------- the evaluation
+def slow_knn_label(query, x, y):
+    """The label with the most votes among the ten images most similar to the query, with loops."""
+    similarity = F.cosine_similarity(query[None], x)
+    votes = {}
+    for i in similarity.argsort(descending=True)[:10].tolist():
+        votes[int(y[i])] = votes.get(int(y[i]), 0.0) + max(0.0, similarity[i].item())
+    return max(votes, key=votes.get)
 
 
-def test_a_student_of_another_width_is_refused():
-    """Embeddings of different widths cannot be compared with one queue."""
-    with pytest.raises(InputError, match="--dim 8"):
-        SEED(Toy(4), Toy(8), 16)
-
-
-def test_seed_teaches():
-    """The whole idea: after some steps the student ranks as its teacher does, though nobody told it why."""
-    teacher, x = Toy(), 2 * torch.randn(64, 3, 1, 1) + 0.3 * torch.randn(64, 3, 8, 8)
-    method = SEED(Toy(), teacher, queue_size=128, tau_s=0.2, tau_t=0.1)
-    optimizer, kl = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1, momentum=0.9), []
-    for step in range(120):
-        loss, stats = method([x[torch.randperm(64)[:32]]])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        method.finish_step()
-        kl.append(stats["kl"].item())
-    assert np.mean(kl[-10:]) < 0.5 * np.mean(kl[5:15])
-
-
-def test_mocos_key_encoder_follows_slowly_and_without_gradient():
-    """k <- m k + (1 - m) q, after the step; with a gradient of its own it would chase the query."""
-    method, views = MoCo(Toy(), queue_size=16, momentum=0.9), [torch.randn(4, 3, 8, 8) for _ in range(2)]
-    start = [p.clone() for p in method.encoder.parameters()]
-    loss, _ = method(views)
-    loss.backward()
-    with torch.no_grad():
-        for p in method.encoder.parameters():
-            p.add_(1.0)
-    assert all(torch.equal(k, q) for k, q in zip(method.key_encoder.parameters(), start)), "nothing moves in forward"
-    assert all(k.grad is None for k in method.key_encoder.parameters())
-    method.finish_step()
-    assert all(torch.allclose(k, q + 0.1, atol=1e-6) for k, q in zip(method.key_encoder.parameters(), start))
-
-
-def test_moco_compares_two_views_and_keeps_keys_in_order():
-    """Keys are shuffled for batch norm's sake; unshuffled wrongly, each query would be shown a stranger as itself."""
-    method, views = MoCo(Toy(), queue_size=16, tau=0.3), [torch.randn(6, 3, 8, 8) for _ in range(2)]
-    method.eval()
-    queue = method.queue.features.clone()
-    loss, _ = method(views)
-    q, k = method.encoder(views[0]), method.key_encoder(views[1])
-    assert torch.isclose(loss, info_nce(q, k, queue, 0.3), atol=1e-5) and torch.equal(method.queue.features, queue)
-    method.finish_step()
-    assert torch.allclose(method.queue.features[:6], k, atol=1e-5)
-
-
-def test_a_key_is_computed_among_other_neighbours_than_its_query():
-    """Unshuffled, both share their batch statistics: MoCo reads the answer off them and learns little else."""
-    method, x, seen = MoCo(Toy(), queue_size=16), torch.randn(16, 3, 8, 8), []
-    method.key_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    method([x, x])
-    assert not torch.equal(seen[0], x)
-    assert torch.equal(seen[0].sum((1, 2, 3)).sort()[0], x.sum((1, 2, 3)).sort()[0])
-
-
-def test_split_batch_norm_is_batch_norm_on_separate_devices():
-    """Without the split, query and key share batch statistics, and MoCo learns to read those instead of the picture."""
-    method, x = MoCo(Toy(), queue_size=16, bn_splits=4), torch.randn(8, 3, 8, 8)
-    split, plain = method.encoder.backbone[1], nn.BatchNorm2d(16)
-    assert (1 - split.momentum) ** 4 == pytest.approx(1 - plain.momentum), "a step counts once in the running statistics"
-    plain.momentum = split.momentum
-    y = torch.randn(8, 16, 6, 6)
-    assert torch.allclose(split(y), torch.cat([plain(part) for part in y.chunk(4)]), atol=1e-6)
-    assert torch.allclose(split.running_mean, plain.running_mean)
-    assert not torch.allclose(split(y), nn.BatchNorm2d(16)(y), atol=1e-3)
-    assert type(method.key_encoder.backbone[1]) is type(split) and method.key_encoder.backbone[1] is not split
-    assert method.encoder(x).shape == (8, 8)
-    plain.load_state_dict(split.state_dict())
-    assert torch.allclose(split.eval()(y), plain.eval()(y), atol=1e-6)
-
-
-def test_supervised_training_reaches_the_head():
-    """A head without a gradient stalls several GPUs, and would be distilled untrained."""
-    method = Supervised(Toy(), classes=5)
-    loss, stats = method([torch.randn(6, 3, 8, 8)], torch.tensor([0, 1, 2, 3, 4, 0]))
-    loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in method.named_parameters() if "0.bias" not in name)
-    method.eval()
-    x, y = torch.randn(3, 3, 8, 8), torch.tensor([1, 2, 0])
-    method.class_vectors.data *= 3                                  # only their direction counts
-    logits = method.encoder(x) @ F.normalize(method.class_vectors, dim=1).T / 0.1
-    loss, stats = method([x], y)
-    assert torch.isclose(loss, F.cross_entropy(logits, y)) and torch.isclose(stats["agree"], (logits.argmax(1) == y).float().mean())
-
-
-# ------------------------------------------------------------------------------------------------ the judges
 def test_knn_is_a_vote_of_the_ten_nearest():
-    """Every number that the README shows goes through it."""
-    x, y, queries, answers = torch.randn(200, 6) + 1, torch.randint(0, 4, (200,)), torch.randn(400, 6) + 1, []
-    for q in queries:
-        cosine = F.cosine_similarity(q[None], x)
-        near = cosine.argsort(descending=True)[:10]
-        answers.append(int(np.argmax([sum(max(0.0, cosine[i].item()) for i in near if y[i] == c) for c in range(4)])))
-    answers = torch.tensor(answers)
-    assert knn(x, y, queries, answers) == 100 and knn(x, y, x, y, k=1) == 100
-    answers[:100] += 1
+    """Every kNN accuracy of the README would be another number than the one it is said to be."""
+    x = torch.randn(200, 6) + 1
+    y = torch.randint(0, 4, (200,))
+    queries = torch.randn(600, 6) + 1
+    answers = torch.tensor([slow_knn_label(query, x, y) for query in queries])
+    assert knn(x, y, queries, answers) == 100
+    assert knn(x, y, x, y, k=1) == 100
+    answers[:150] += 1
     assert knn(x, y, queries, answers) == 75
 
 
-def test_the_linear_probe_learns_what_is_linear():
-    """Whatever the scale of the features: one list of learning rates has to serve every network."""
-    w, x = torch.randn(10, 3), torch.randn(1200, 10)
-    y = (x @ w).argmax(1)
+def test_a_neighbor_votes_with_its_similarity():
+    """Three distant images would outvote two near ones; published figures weigh the votes."""
+    angles = torch.tensor([0.1, 0.1, 1.3, 1.3, 1.3])
+    x = torch.stack([angles.cos(), angles.sin()], dim=1)
+    y = torch.tensor([0, 0, 1, 1, 1])
+    assert knn(x, y, torch.tensor([[5.0, 0.0]]), torch.tensor([0])) == 100
+
+
+def test_the_linear_probe_learns_what_is_linear_at_any_scale():
+    """One list of learning rates serves every network, so the scale of features must not count."""
+    x = torch.randn(1200, 10)
+    y = (x @ torch.randn(10, 3)).argmax(1)
     for scale in (1e-8, 1.0, 1e4):
-        accuracy, _ = linear_probe(scale * x[:1000], y[:1000], scale * x[1000:], y[1000:])
-        assert accuracy > 92
-    accuracy, _ = linear_probe(x[:1000], torch.randint(0, 3, (1000,)), x[1000:], y[1000:])
-    assert accuracy < 60, "no accuracy out of random labels"
-    x[:, 5] = 3.0                                                   # a feature that never changes
-    for c in range(3):
-        only = y[1000:] == c                                        # test pictures that are unlike the training pictures
+        found, _ = linear_probe(scale * x[:1000], y[:1000], scale * x[1000:], y[1000:])
+        assert found > 92
+    found, _ = linear_probe(x[:1000], torch.randint(0, 3, (1000,)), x[1000:], y[1000:])
+    assert found < 60, "random labels teach nothing"
+
+
+def test_the_linear_probe_bears_constant_features_and_other_test_images():
+    """A feature without variance would be divided by 0; test images would be scaled by their own
+    statistics, which one class alone shifts."""
+    x = torch.randn(1200, 10)
+    y = (x @ torch.randn(10, 3)).argmax(1)
+    x[:, 5] = 3.0
+    for label in range(3):
+        only = y[1000:] == label
         assert linear_probe(x[:1000], y[:1000], x[1000:][only], y[1000:][only])[0] > 80
 
 
-def test_the_linear_probe_is_plain_sgd_as_in_the_paper():
-    """Momentum 0.9, no decay, rate x 0.1 at 60% and 80%: another recipe, and no figure compares with a published one."""
-    x, y, layer = torch.randn(300, 6), torch.randint(0, 3, (300,)), nn.Linear(6, 3)
-    (w, b), _ = probe.fit_linear(x, y, 3, [0.01, 0.3], epochs=10), (nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias))
-    sgd = torch.optim.SGD(layer.parameters(), 0.3, momentum=0.9)
-    falls = torch.optim.lr_scheduler.MultiStepLR(sgd, [6, 8])
+def test_the_linear_probe_is_the_papers_sgd():
+    """With another recipe no accuracy could be compared with a published one."""
+    x = torch.randn(300, 6)
+    y = torch.randint(0, 3, (300,))
+    layers = probe.fit_linear(x, y, 3, [0.01, 0.3], epochs=10)
+    expected = nn.Linear(6, 3)
+    nn.init.zeros_(expected.weight)
+    nn.init.zeros_(expected.bias)
+    sgd = torch.optim.SGD(expected.parameters(), 0.3, momentum=0.9)
     for epoch in range(10):
-        for batch in np.array_split(np.random.default_rng(epoch).permutation(300), [256]):
-            sgd.zero_grad(), F.cross_entropy(layer(x[batch]), y[batch]).backward(), sgd.step()
-        falls.step()
-    assert torch.allclose(w[1].T, layer.weight, atol=1e-5) and torch.allclose(b[1, 0], layer.bias, atol=1e-5)
+        sgd.param_groups[0]["lr"] = 0.3 * 0.1 ** ((epoch >= 6) + (epoch >= 8))
+        order = np.random.default_rng(epoch).permutation(300)
+        for batch in (order[:256], order[256:]):
+            sgd.zero_grad()
+            F.cross_entropy(expected(x[batch]), y[batch]).backward()
+            sgd.step()
+    assert len(layers) == 2
+    assert torch.allclose(layers[1].weight, expected.weight, atol=1e-5)
+    assert torch.allclose(layers[1].bias, expected.bias, atol=1e-5)
+    assert not torch.allclose(layers[0].weight, expected.weight, atol=1e-2)
     assert probe.fit_linear.__defaults__ == (100, 256)
 
 
 def test_the_linear_probe_never_looks_at_the_test_labels_to_choose(monkeypatch):
-    """A learning rate chosen on the test set is the commonest way to flatter a method."""
-    sizes, fit, x = [], probe.fit_linear, torch.randn(300, 8)
-    monkeypatch.setattr(probe, "fit_linear", lambda x, *args: sizes.append(len(x)) or fit(x, *args))
+    """A learning rate chosen on the test images would make every accuracy too high."""
+    sizes = []
+    fit_linear = probe.fit_linear
+
+    def recorded(x, *args):
+        sizes.append(len(x))
+        return fit_linear(x, *args)
+
+    monkeypatch.setattr(probe, "fit_linear", recorded)
+    x = torch.randn(300, 8)
     y = x[:, :3].argmax(1)
     for rates in ((0.0, 0.1), (0.1, 0.0)):
         assert linear_probe(x[:200], y[:200], x[200:], y[200:], rates)[1] == 0.1, "the better one"
-    assert sizes == [180, 200] * 2, "chosen on a tenth held out, then fitted to all"
+    assert sizes == [180, 200, 180, 200], "chosen on a tenth held out, then fitted to all"
     y = torch.randint(0, 3, (300,))
-    rates = {linear_probe(x[:200], y[:200], x[200:], test_y)[1] for test_y in (y[200:], torch.zeros(100).long(), y[:100])}
-    assert len(rates) == 1
+    chosen = set()
+    for test_y in (y[200:], torch.zeros(100, dtype=torch.long), y[:100]):
+        chosen.add(linear_probe(x[:200], y[:200], x[200:], test_y)[1])
+    assert len(chosen) == 1
 
 
-def test_evaluate_judges_the_test_pictures_by_features_of_normalised_ones():
-    """Training accuracy, or features of pictures the network never saw the like of: every number in the table is wrong."""
-    encoder, data = Encoder("resnet18", image_size=32), load_data("shapes", subset=200)
-    data.test = data.test.part(range(100))
-    scores, (_, _, x, y) = evaluate(encoder, data)
-    assert encoder.training, "a look during training leaves it training"
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """The built-in data set with 250 training and 100 test images."""
+    def draw_few_shapes(n, split):
+        return draw_all_shapes(n // 20, split)
+
+    monkeypatch.setattr(probe, "draw_shapes", draw_few_shapes)
+
+
+def test_evaluate_uses_the_features_of_normalized_test_images(few_shapes):
+    """Accuracy on training images, or features of images as the network never saw them, would
+    stand in the table."""
+    encoder = Encoder("resnet18", image_size=32)
+    data = load_data("shapes", subset=200)
+    scores, (_, _, train_x, test_x) = evaluate(encoder, data)
+    assert encoder.training, "an evaluation during training must not end it"
+    encoder.eval()
     with torch.no_grad():
-        for split, found in ((data.train, x), (data.test, y)):
-            assert torch.allclose(found, encoder.eval().features(seed.normalise(split.pixels)), rtol=1e-3, atol=1e-4)
-    judged = x, data.train.labels, y, data.test.labels
-    assert scores["knn"] == knn(*judged) and scores["linear"] == linear_probe(*judged)[0]
-    data.train = data.train.part(data.train.labels.argsort(stable=True))           # sorted by class, as folders are
-    parts = evaluate(encoder, data, limit=50, linear=False)[1]
-    assert [len(part) for part in parts] == [50] * 4 and len(parts[0].labels.unique()) > 10, "some of each class"
+        for split, found in ((data.train, train_x), (data.test, test_x)):
+            expected = encoder.features(seed.normalize(split.pixels))
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+    evaluate(encoder, data, linear=False)
+    assert not encoder.training
+    material = (train_x, data.train.labels, test_x, data.test.labels)
+    assert scores["knn"] == knn(*material)
+    assert (scores["linear"], scores["rate"]) == linear_probe(*material)
 
 
-# --------------------------------------------------------------------------------------------------- the data
-def write_pictures(root, names, size=(40, 30)):
-    """Files of one colour each; returns nothing."""
+def test_an_evaluation_of_a_part_has_images_of_all_classes(few_shapes):
+    """Folders are sorted by class: the first 10,000 images of ImageNet show 8 classes of 1,000."""
+    encoder = Encoder(ARCH, image_size=32)
+    data = load_data("shapes")
+    data.train = data.train.subset(data.train.labels.argsort(stable=True))
+    scores, material = evaluate(encoder, data, limit=50, linear=False)
+    assert [len(part) for part in material] == [50] * 4
+    assert len(material[0].labels.unique()) > 10
+    assert scores["linear"] is scores["rate"] is None
+    again = evaluate(encoder, data, limit=50, linear=False)[1]
+    assert torch.equal(material[0].pixels, again[0].pixels), "the same part in each epoch"
+
+
+def test_an_evaluation_resizes_images_to_the_networks_size(few_shapes):
+    """An encoder trained at 48 px would be evaluated on images of 32 px."""
+    pixels = draw_all_shapes(4, 0).pixels
+    [views] = probe.test_views(Split(pixels=pixels), 48, CPU, 0)
+    expected = T.resize(pixels / 255, [48, 48], antialias=True)
+    assert torch.allclose(views, seed.normalize(expected), atol=1e-4)
+    assert torch.equal(probe.resize(pixels, 32), pixels / 255)
+
+
+def framed_colors(path, rows, columns, side):
+    """The colors of the frames in a grid by `save_grid`: a list of rows."""
+    grid = np.asarray(Image.open(path))
+    cell = side * max(1, 96 // side) + 10
+    colors = []
+    for row in range(rows):
+        colors.append([tuple(grid[row * cell + 3, column * cell + 3]) for column in range(columns)])
+    return colors
+
+
+def test_the_grid_of_neighbors_shows_them_in_order_and_the_right_ones_in_green(tmp_path):
+    """The image of the README would show other images than the nearest, or praise wrong ones."""
+    pixels = torch.arange(6)[:, None, None, None].repeat(1, 3, 32, 32) * 40
+    train_split = Split(pixels=pixels.to(torch.uint8), labels=torch.tensor([0, 1, 0, 1, 0, 1]))
+    test_split = train_split.subset([2, 5])
+    angles = torch.arange(6) * 0.2
+    x = torch.stack([angles.cos(), angles.sin()], dim=1)
+    path = tmp_path / "neighbors.png"
+    probe.save_neighbors(path, train_split, test_split, x, x[[2, 5]], 32, k=2)
+    grid = np.asarray(Image.open(path))
+    first_row_is_image_2 = grid[50, 50, 0] == 80
+    tiles = grid[50 + 106 * (not first_row_is_image_2), 50::106, 0].tolist()
+    assert tiles[:2] == [80, 80], "the image, and itself as the nearest"
+    assert tiles[2] in (40, 120)
+    for row in framed_colors(path, 2, 3, 32):
+        assert row[0] == (255, 255, 255)
+        assert row[1] == (25, 178, 51) or row[1] == (26, 179, 51), "green: the same label"
+        assert row[2][0] > 200 > row[2][1], "red: another label"
+    test_split.labels = None
+    probe.save_neighbors(path, train_split, test_split, x, x[[2, 5]], 32, k=2)
+    assert framed_colors(path, 2, 3, 32) == [[(255, 255, 255)] * 3] * 2
+
+
+def test_the_grid_of_views_shows_images_and_what_augmentation_makes_of_them(tmp_path, few_shapes):
+    """Whoever checks the augmentation by this image would look at another one."""
+    data = load_data("shapes")
+    probe.save_views(tmp_path / "views.png", data, (0.1, 0.3), True, seed=3, columns=3, count=2)
+    grid = np.asarray(Image.open(tmp_path / "views.png"))
+    for row in range(2):
+        top = 6 + 106 * row
+        shown = torch.tensor(grid[top + 1:top + 97:3, 7:103:3]).permute(2, 0, 1)
+        assert torch.equal(shown, data.train.pixels[row])
+        u = uniforms(3, 1, [row])
+        view = augment(data.train.pixels[row:row + 1], u, 32, (0.1, 0.3), True)
+        mean = torch.tensor(seed.IMAGENET_MEAN).view(3, 1, 1)
+        view = (view[0] * torch.tensor(seed.IMAGENET_STD).view(3, 1, 1) + mean).clamp(0, 1)
+        shown = torch.tensor(grid[top + 1:top + 97:3, 219:315:3]).permute(2, 0, 1)
+        assert (shown / 255 - view).abs().max() < 2 / 255
+
+
+# ---------------------------------------------------------------------------------------- the data
+def write_images(root, names, size=(40, 30)):
+    """Image files of one color each."""
     for i, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        mode = "RGBA" if name.endswith(".webp") else "L" if name.endswith(".bmp") else "RGB"
+        mode = {".webp": "RGBA", ".bmp": "L"}.get(path.suffix, "RGB")
         Image.new("RGB", size, (i * 29 % 256, i * 71 % 256, 90)).convert(mode).save(path)
 
 
-def test_a_folder_may_have_any_layout(tmp_path, monkeypatch):
-    """Users have directories, not data sets."""
-    write_pictures(tmp_path / "a", [f"train/{c}/{i}.png" for c in "xy" for i in range(4)] + [f"val/{c}/0.JPG" for c in "xy"])
-    data = load_data("folder", tmp_path / "a", 16)
-    assert data.judged and data.classes == ["x", "y"] and len(data.train) == 8 and len(data.test) == 2
-    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 and data.train.pixels.shape == (8, 3, 16, 16)
+def write_image(path, image, **options):
+    """One image file of a float [3, H, W] in [0, 1]."""
+    pixels = (255 * image).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path, **options)
 
-    write_pictures(tmp_path / "b", [f"{c}/{'deep/' * (i % 2)}{i}.webp" for c in "xyz" for i in range(10)])
-    data = load_data("folder", tmp_path / "b", 16)
-    assert data.judged and len(data.classes) == 3 and (len(data.train), len(data.test)) == (27, 3)
-    assert not set(data.train.files) & set(data.test.files), "no test picture is trained on"
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
+def test_a_folder_may_have_training_and_test_images(tmp_path, val):
+    """The test images of the user's own split would be trained on, or not be found."""
+    for label in "xy":
+        write_images(tmp_path, [f"train/{label}/{i}.png" for i in range(4)])
+        write_images(tmp_path, [f"{val}/{label}/0.JPG"])
+    data = load_data("folder", tmp_path, 16)
+    assert data.has_labels
+    assert data.classes == ["x", "y"]
+    assert (len(data.train), len(data.test)) == (8, 2)
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4
+    assert data.test.labels.tolist() == [0, 1]
+    assert data.train.pixels.shape == (8, 3, 16, 16)
+
+
+def test_a_folder_may_have_class_folders_alone(tmp_path):
+    """A tenth is held out; a test image that is also trained on would make accuracies too high."""
+    for label in "xyz":
+        names = [f"{label}/{'deep/' * (i % 2)}{i}.webp" for i in range(10)]
+        write_images(tmp_path, names)
+    data = load_data("folder", tmp_path, 16)
+    assert data.has_labels
+    assert data.classes == ["x", "y", "z"]
+    assert (len(data.train), len(data.test)) == (27, 3)
+    assert not set(data.train.files) & set(data.test.files)
     for split in (data.train, data.test):
-        assert [Path(f).relative_to(tmp_path / "b").parts[0] for f in split.files] == [data.classes[i] for i in split.labels]
-
-    write_pictures(tmp_path / "c", [f"{i}.bmp" for i in range(20)] + ["._hidden.png", "sub/1.png"])
-    (tmp_path / "c" / "notes.txt").write_text("not a picture")
-    data = load_data("folder", tmp_path / "c", 16)
-    assert not data.judged and data.classes == [] and (len(data.train), len(data.test)) == (19, 2)
-    write_pictures(tmp_path / "d", [f"only/{i}.png" for i in range(4)])
-    assert not load_data("folder", tmp_path / "d", 16).judged, "one class is no label"
-
-    for name in "ab":
-        monkeypatch.chdir(tmp_path / name)
-        assert load_data("folder", ".", 80).key == load_data("folder", tmp_path / name, 80).key, "wherever it is called from"
+        folders = [Path(file).relative_to(tmp_path).parts[0] for file in split.files]
+        assert folders == [data.classes[label] for label in split.labels]
+    again = load_data("folder", tmp_path, 16, seed=1)
+    assert again.test.files == data.test.files, "always the same tenth"
 
 
-def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(tmp_path):
-    """Medical and depth pictures would be all white."""
+def test_a_folder_may_have_no_labels(tmp_path):
+    """Files that are no images, or hidden copies of them, would be read as images."""
+    names = [f"{i}.bmp" for i in range(20)]
+    write_images(tmp_path / "a", [*names, "._hidden.png", ".hidden/2.png", "sub/1.png"])
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    data = load_data("folder", tmp_path / "a", 16)
+    assert not data.has_labels
+    assert data.classes == []
+    assert data.train.labels is data.test.labels is None
+    assert (len(data.train), len(data.test)) == (19, 2)
+    write_images(tmp_path / "b", [f"only/{i}.png" for i in range(4)])
+    assert not load_data("folder", tmp_path / "b", 16).has_labels, "one class is no label"
+
+
+def test_a_folder_is_the_same_data_set_wherever_it_is_named_from(tmp_path, monkeypatch):
+    """The same command from another directory would be refused as another run; and a run would go
+    on although its images are other ones."""
+    for label in "xy":
+        write_images(tmp_path / "a", [f"{label}/{i}.png" for i in range(6)])
+    monkeypatch.chdir(tmp_path / "a")
+    for size in (16, 80):
+        here = load_data("folder", ".", size).fingerprint
+        assert load_data("folder", tmp_path / "a", size).fingerprint == here
+    image = Image.new("RGB", (40, 30), (1, 2, 3))
+    image.save(tmp_path / "a" / "x" / "0.png")
+    assert load_data("folder", ".", 16).fingerprint != load_data("folder", ".", 80).fingerprint
+    changed = load_data("folder", ".", 16).fingerprint
+    image.save(tmp_path / "a" / "x" / "new.png")
+    assert load_data("folder", ".", 80).fingerprint != here, "another name"
+    assert load_data("folder", ".", 16).fingerprint != changed
+
+
+def test_pixels_and_labels_are_part_of_the_fingerprint(few_shapes, monkeypatch):
+    """A run would go on with changed images or labels, half with these and half with those."""
+    before = load_data("shapes").fingerprint
+    for part, change in (("pixels", 255), ("labels", 19)):
+        def draw_changed_shapes(n, split, part=part, change=change):
+            drawn = draw_all_shapes(n // 20, split)
+            getattr(drawn, part)[7] = change
+            return drawn
+
+        monkeypatch.setattr(probe, "draw_shapes", draw_changed_shapes)
+        assert load_data("shapes").fingerprint != before
+
+
+def test_sixteen_bits_of_gray_are_scaled_and_not_clipped(tmp_path):
+    """Medical and depth images would be white."""
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    crop = probe.read_crops(tmp_path / "ramp.png", 64, lambda h, w: [(0.0, 0.0, 64.0, 64.0)])[0]
+    crop = probe.read_crops(tmp_path / "ramp.png", 64, probe.center_box(64))[0]
     assert np.abs(crop[0, 0].numpy() - np.linspace(0, 255, 64)).max() <= 1
 
 
-def test_unreadable_data_is_one_clear_line(tmp_path):
-    """Before the training, naming the file."""
-    with pytest.raises(InputError, match="no directory"):
+@pytest.mark.parametrize("name, names, words", [
+    ("folder", [], "no image in"),
+    ("folder", ["1.png", ".hidden/2.png"], "1 image in"),
+    ("folder", ["train/x/1.png", "train/y/1.png", "val/z/1.png"], "lacks: z"),
+    ("imagenet", ["1.png", "2.png"], "train/ and val/"),
+    ("imagenet", ["train/x/1.png", "train/y/1.png", "val/1.png"], "folder for each class"),
+    ("imagenet", ["train/1.png", "train/2.png", "val/x/1.png"], "folder for each class")])
+def test_a_directory_that_does_not_fit_is_one_clear_line(tmp_path, name, names, words):
+    """The error would come during training, or as a traceback, or not at all."""
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images", names)
+    with pytest.raises(InputError, match=words) as caught:
+        load_data(name, tmp_path / "images", 16)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_directory_and_a_broken_file_are_named(tmp_path):
+    """A traceback after an hour of reading would not say which file to remove."""
+    with pytest.raises(InputError, match="no directory .*nothing"):
         load_data("folder", tmp_path / "nothing")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no picture"):
-        load_data("folder", tmp_path / "empty")
-    write_pictures(tmp_path / "one", ["1.png", ".hidden/2.png"])
-    with pytest.raises(InputError, match="1 picture"):
-        load_data("folder", tmp_path / "one")
-    write_pictures(tmp_path / "flat", ["train/x/1.png", "train/y/1.png", "val/1.png"])
-    with pytest.raises(InputError, match="folder for each class"):
-        load_data("imagenet", tmp_path / "flat")
-    write_pictures(tmp_path / "a", [f"{i}.png" for i in range(12)])
-    with pytest.raises(InputError, match="--subset 100"):
-        load_data("folder", tmp_path / "a", 16, subset=100)
-    with pytest.raises(InputError, match="train/ and val/"):
-        load_data("imagenet", tmp_path / "a")
-    (tmp_path / "a" / "3.png").write_bytes(b"no picture at all")
-    with pytest.raises(InputError, match="3.png"):
-        load_data("folder", tmp_path / "a", 16)
-    write_pictures(tmp_path / "b", ["train/x/1.png", "train/y/1.png", "val/z/1.png"])
-    with pytest.raises(InputError, match="lacks: z"):
-        load_data("folder", tmp_path / "b", 16)
+    write_images(tmp_path, [f"{i}.png" for i in range(12)])
+    for subset in (100, 0, -1):
+        with pytest.raises(InputError, match=f"--subset {subset}: there are 11 "):
+            load_data("folder", tmp_path, 16, subset=subset)
+    (tmp_path / "3.png").write_bytes(b"no image at all")
+    with pytest.raises(InputError, match="cannot read the image .*3.png"):
+        load_data("folder", tmp_path, 16)
 
 
 def test_a_crop_from_disk_is_the_crop_from_memory(tmp_path):
-    """Two data paths, one definition of the box: a view must not depend on where its picture lies."""
-    x = pictures(1, 120, 160)
-    Image.fromarray((255 * x[0]).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
-    files = [str(tmp_path / "p.png")]
+    """The same view of an image would be another one if the image lies on disk."""
+    x = smooth_images(1, 120, 160)
+    path = tmp_path / "image.png"
+    write_image(path, x[0])
+    crops = probe.RandomCrops([str(path)], 48, views=2, seed=7, scale=(0.1, 0.9))
     for epoch in range(5):
-        crops, e, index = probe.Crops(files, 48, views=2, seed=7)[(epoch, 0)]
-        assert crops.shape == (2, 3, 48, 48) and crops.dtype == torch.uint8 and (e, index) == (epoch, 0)
+        images, e, index = crops[(epoch, 0)]
+        assert images.shape == (2, 3, 48, 48)
+        assert images.dtype == torch.uint8
+        assert (e, index) == (epoch, 0)
         for view in range(2):
-            u = uniforms(7, epoch, [0], view)
-            memory = seed.crop_and_resize(x, crop_box(u, 120, 160), 48)[0]
-            assert (memory - crops[view] / 255).abs().max() < 4 / 255
+            box = crop_box(uniforms(7, epoch, [0], view), 120, 160, (0.1, 0.9))
+            from_memory = seed.crop_and_resize(x, box, 48)[0]
+            assert (from_memory - images[view] / 255).abs().max() < 4 / 255
+
+
+def crop_of_file(path, box, boxes):
+    """What `read_crops` makes of one of some boxes, float [3, 64, 64] in [0, 1]."""
+    def choose_boxes(height, width):
+        return boxes
+
+    return probe.read_crops(path, 64, choose_boxes)[boxes.index(box)] / 255
 
 
 def test_a_large_jpeg_is_decoded_small_without_losing_the_crop(tmp_path):
-    """The decoder may skip work (1/2, 1/4, 1/8), but the crop must stay where it is, and sharp."""
-    x = pictures(1, 700, 900)
-    Image.fromarray((255 * x[0]).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(tmp_path / "p.jpg", quality=95)
-    for box in ((100.0, 200.0, 500.0, 600.0), (0.0, 0.0, 700.0, 900.0), (300.5, 310.5, 64.0, 70.0)):
-        crop = probe.read_crops(tmp_path / "p.jpg", 64, lambda h, w: [box])[0] / 255
-        assert (crop - seed.crop_and_resize(x, torch.tensor([box]), 64)[0]).abs().mean() < 3 / 255
-    x = (torch.arange(900) // 4 % 2).float().expand(1, 3, 700, 900)                # fine stripes, which 1/8 would wipe out
-    Image.fromarray((255 * x[0]).to(torch.uint8).permute(1, 2, 0).numpy()).save(tmp_path / "p.jpg", quality=95)
-    whole, small = (0.0, 0.0, 700.0, 900.0), (300.0, 310.0, 64.0, 64.0)
+    """The decoder may skip work (1/2, 1/4, 1/8); the crop must stay in its place, and sharp."""
+    path = tmp_path / "image.jpg"
+    x = smooth_images(1, 700, 900)
+    write_image(path, x[0], quality=95)
+    whole = (0.0, 0.0, 700.0, 900.0)
+    for box in ((100.0, 200.0, 500.0, 600.0), whole, (300.5, 310.5, 64.0, 70.0)):
+        expected = seed.crop_and_resize(x, torch.tensor([box]), 64)[0]
+        assert (crop_of_file(path, box, [box]) - expected).abs().mean() < 3 / 255
+    stripes = (torch.arange(900) // 4 % 2).float().expand(1, 3, 700, 900)    # 1/8 would lose them
+    write_image(path, stripes[0], quality=95)
+    small = (300.0, 310.0, 64.0, 64.0)
+    expected = seed.crop_and_resize(stripes, torch.tensor([small]), 64)[0]
     for boxes in ([small], [whole, small], [small, whole]):
-        crop = probe.read_crops(tmp_path / "p.jpg", 64, lambda h, w: boxes)[boxes.index(small)] / 255
-        assert (crop - seed.crop_and_resize(x, torch.tensor([small]), 64)[0]).abs().mean() < 0.05
+        assert (crop_of_file(path, small, boxes) - expected).abs().mean() < 0.05
 
 
-def test_the_test_view_is_the_centre_of_the_picture(tmp_path):
-    """Resize to 256, cut out 224: with another view no accuracy can be compared with a published one."""
-    assert probe.centre_box(224)(256, 320) == [(16, 48, 224, 224)] and probe.centre_box(32)(30, 40) == [(0, 5, 30, 30)]
-    x = pictures(1, 300, 400)
-    Image.fromarray((255 * x[0]).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(tmp_path / "p.png")
-    want = T.center_crop(T.resize(x, 256, antialias=True), 224)[0]
-    assert (probe.picture(Pictures(files=[str(tmp_path / "p.png")]), 0, 224) - want).abs().mean() < 2 / 255
+def test_a_large_jpeg_is_decoded_small(tmp_path, monkeypatch):
+    """Reading would be several times slower, and the GPU would wait for it."""
+    path = tmp_path / "image.jpg"
+    write_image(path, smooth_images(1, 700, 900)[0])
+    sizes = []
+    resize = Image.Image.resize
+
+    def recorded(image, *args, **options):
+        sizes.append(image.size)
+        return resize(image, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
+    crop_of_file(path, (0.0, 0.0, 700.0, 900.0), [(0.0, 0.0, 700.0, 900.0)])
+    assert sizes == [(113, 88)]
+
+
+def test_the_test_view_is_the_center_of_the_image(tmp_path):
+    """Resize to 256, cut out 224: of another view no accuracy compares with a published one."""
+    assert probe.center_box(224)(256, 320) == [(16, 48, 224, 224)]
+    assert probe.center_box(32)(30, 40) == [(0, 5, 30, 30)]
+    x = smooth_images(1, 300, 400)
+    write_image(tmp_path / "image.png", x[0])
+    expected = T.center_crop(T.resize(x, 256, antialias=True), 224)[0]
+    split = Split(files=[str(tmp_path / "image.png")])
+    assert (probe.test_image(split, 0, 224) - expected).abs().mean() < 2 / 255
 
 
 def test_shapes_are_the_same_everywhere_and_not_trivial():
-    """The built-in data set carries the README's table: easy for a trained network, hard for raw pixels."""
+    """The README's table rests on them: raw pixels must not do what a trained network is for."""
     data = load_data("shapes")
     assert (len(data.train), len(data.test), len(data.classes)) == (5000, 2000, 20)
-    assert data.train.labels.bincount().tolist() == [250] * 20
-    assert data.key == load_data("shapes").key
-    assert not {row.numpy().tobytes() for row in data.train.pixels} & {row.numpy().tobytes() for row in data.test.pixels}
-    raw = [seed.normalise(split.pixels).flatten(1) for split in (data.train, data.test)]
-    assert knn(raw[0], data.train.labels, raw[1], data.test.labels) < 30
-
-
-def test_a_subset_is_seeded():
-    """Two methods on different subsets are not comparable."""
-    one, other, third = (load_data("shapes", subset=100, seed=s) for s in (0, 0, 1))
-    assert one.key == other.key != third.key and len(one.train) == 100 and len(one.test) == 2000
-
-
-# ---------------------------------------------------------------------------------------------------- the run
-def settings(*flags, method="seed"):
-    args = train.parse_flags(["--device", "cpu", "--method", method, *flags])
-    return train.resolve(args, method)
-
-
-def team(rank=0, ranks=1):
-    return train.SimpleNamespace(rank=rank, ranks=ranks, device=torch.device("cpu"))
-
-
-def test_imagenet_gets_the_papers_settings():
-    """Whoever runs the paper's experiment must get the paper's experiment."""
-    s = settings("--dataset", "imagenet")
-    want = dict(queue_size=65536, tau_s=0.2, tau_t=0.01, lr=0.03, weight_decay=1e-4, epochs=200, warmup_epochs=5, batch_size=256,
-                dim=128, hidden_dim=None, crop_scale=(0.2, 1.0), blur=True, image_size=224)
-    assert {key: getattr(s, key) for key in want} == want
-    assert settings("--dataset", "imagenet", method="moco").key_momentum == 0.999
-
-
-def test_a_flag_beats_the_recipe_and_a_methods_flag_stays_with_the_method():
-    """--lr of the student must not retune its teacher or its rivals."""
-    args = train.parse_flags(["--lr", "0.5", "--batch-size", "64"])
-    mine, theirs = train.resolve(args, "seed"), train.resolve(args, "moco")
-    assert mine.lr == 0.5 and theirs.lr == train.RECIPES["shapes"]["moco"]["lr"] and theirs.batch_size == 64
-    flags = "--lr 9 --weight-decay 9 --queue-size 9 --tau-s 9 --tau-t 9 --dim 9 --hidden-dim 9 --view-epochs 9".split()
-    plain, theirs = (train.resolve(train.parse_flags(given), "moco") for given in ([], flags))
-    assert vars(plain) == vars(theirs), "nor any other of the method's own"
-
-
-def test_the_recipes_are_those_of_the_tables():
-    """A number changed by the way makes the README's tables and commands disagree."""
-    said = lambda name, method: [getattr(settings("--dataset", name, method=method), key) for key in
-                                 ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "key_momentum", "epochs", "batch_size")]
-    assert said("shapes", "seed") == [0.4, 1e-4, 2048, 0.2, 0.05, 0.999, 14, 128]
-    assert said("shapes", "moco") == [0.06, 1e-4, 256, 0.2, 0.01, 0.99, 14, 128]
-    assert said("cifar10", "seed") == [0.2, 1e-4, 4096, 0.2, 0.01, 0.999, 200, 256]
-    assert said("cifar10", "moco") == [0.03, 5e-4, 4096, 0.1, 0.01, 0.99, 200, 256]
-    assert [said(name, "supervised")[:2] for name in ("shapes", "cifar10")] == [[0.1, 1e-4], [0.1, 5e-4]]
-    small = [settings("--dataset", "folder", "--image-size", "32", method=method) for method in ("seed", "moco", "supervised")]
-    assert [(s.lr, s.tau_t, s.key_momentum, s.queue_size) for s in small] == [(0.1, 0.05, 0.999, 2048), (0.06, 0.01, 0.99, 2048), (0.1, 0.01, 0.999, 2048)]
-
-
-def test_the_learning_rate_warms_up_and_falls_to_zero():
-    """The schedule belongs to the whole run, wherever it is stopped."""
-    s = settings("--epochs", "10", "--warmup-epochs", "2", "--lr", "0.1", "--batch-size", "512")
-    rates = [train.lr_at(step, s, 50) for step in range(500)]
-    assert rates[0] == pytest.approx(0.2 / 100) and rates[99] == pytest.approx(0.2) and max(rates) == pytest.approx(0.2)
-    assert rates[300] == pytest.approx(0.1) and rates[-1] < 1e-5
-    assert all(a <= b for a, b in zip(rates[:99], rates[1:100])) and all(a >= b for a, b in zip(rates[100:], rates[101:]))
-    s = settings("--epochs", "1", "--warmup-epochs", "5")
-    assert s.warmup_epochs == 0.5 and train.lr_at(99, s, 100) < 0.01 * s.lr, "a short run comes to its end too"
-    assert max(train.lr_at(step, s, 39) for step in range(39)) <= s.lr * s.batch_size / 256, "half a step of warm-up is no excuse"
-
-
-def test_any_number_of_ranks_sees_the_same_batches():
-    """Otherwise the number of GPUs changes the experiment."""
-    s = settings("--batch-size", "12")
-    one = list(train.plan(50, s, team(), range(0, 9)))
-    for ranks in (2, 3):
-        parts = [list(train.plan(50, s, team(rank, ranks), range(0, 9))) for rank in range(ranks)]
-        for step, (epoch, index) in enumerate(one):
-            joined = np.stack([part[step][1] for part in parts], 1).reshape(-1)
-            assert np.array_equal(joined, index) and parts[0][step][0] == epoch
-    seen = np.concatenate([index for epoch, index in one if epoch == 0])
-    assert len(set(seen)) == 48 == len(seen), "no picture twice in an epoch"
-    assert not np.array_equal(one[0][1], one[4][1]), "another order in the next epoch"
-    assert all(np.array_equal(a[1], b[1]) for a, b in zip(one[5:], train.plan(50, s, team(), range(5, 9)))), "also from the middle"
-    s.seed = 1
-    assert not np.array_equal(one[0][1], next(train.plan(50, s, team(), [0]))[1]), "another order by another seed"
-
-
-@pytest.fixture
-def folder_of_pictures(tmp_path):
-    rng = np.random.default_rng(0)
-    for c in "ab":
-        (tmp_path / "pictures" / c).mkdir(parents=True)
-        for i in range(12):
-            Image.fromarray(rng.integers(0, 256, (90, 100, 3), np.uint8)).save(tmp_path / "pictures" / c / f"{i}.jpg")
-    return tmp_path / "pictures"
-
-
-def test_workers_do_not_change_a_view(folder_of_pictures):
-    """Views are computed from who asks, not drawn: 0 or 2 workers, the same batches."""
-    s = settings("--dataset", "folder", "--image-size", "72", "--batch-size", "8", "--seed", "3")
-    s.crop_scale = (0.1, 0.4)
-    data = load_data("folder", folder_of_pictures, 72)
-    assert data.train.pixels is None
-    runs = []
-    for s.workers in (0, 2):
-        runs.append([(views, labels) for views, labels, _ in train.batches(data.train, s, team(), 2, range(3, 6))])
-    for (one, labels), (other, more) in zip(*runs):
-        assert len(one) == 2 and not torch.equal(one[0], one[1])
-        assert all(torch.equal(a, b) for a, b in zip(one, other)) and torch.equal(labels, more)
-    order = np.random.default_rng((3, 1)).permutation(len(data.train))[8:16]       # two batches an epoch: step 3
-    assert torch.equal(runs[0][0][1], data.train.labels[order]), "labels belong to their pictures"
-    crops = torch.stack([probe.Crops(data.train.files, 72, 2, 3, (0.1, 0.4))[1, int(i)][0] for i in order])
-    for v in range(2):
-        once = augment(crops[:, v], uniforms(3, 1, order, v), scale=None, blur=s.blur)
-        assert torch.allclose(runs[0][0][0][v], once, atol=1e-5), "cropped once, not twice"
-
-
-def test_pictures_from_disk_are_judged_by_their_test_view(folder_of_pictures):
-    """Random crops instead would lower every figure of ImageNet by a little."""
-    train_pictures = load_data("folder", folder_of_pictures, 72).train
-    view = next(probe.plain_views(train_pictures, 72, torch.device("cpu"), 0))
-    assert torch.equal(view[3], seed.normalise(probe.picture(train_pictures, 3, 72)[None])[0])
-
-
-def last(folder):
-    return torch.load(Path(folder) / "last.pt", weights_only=True)
-
-
-TINY = ["--subset", "96", "--batch-size", "16", "--epochs", "2", "--teacher-epochs", "1", "--queue-size", "64", "--eval-every", "0", "--device", "cpu"]
-
-
-@pytest.mark.parametrize("method, arch", [("seed", "mobilenet_v3_small"), ("moco", "resnet18"), ("supervised", "shufflenet_v2_x0_5")])
-def test_a_run_that_was_cut_is_the_run_that_never_stopped(tmp_path, monkeypatch, method, arch):
-    """To the last bit: weights, queue, optimiser, dropout; a resumed run must not be another experiment."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "table", lambda *a: None)
-    flags = ["--method", method, "--arch", arch, "--teacher-arch", "resnet18", *TINY]
-    train.main([*flags, "--max-steps", "8", "--eval-every", "1", "--out", "whole"])     # looking at kNN changes nothing
-    teacher = ["--teacher", str(next(Path("runs/teachers").glob("*/encoder.pt")))] if method == "seed" else []
-    train.main([*flags, *teacher, "--max-steps", "4", "--out", "cut"])
-    train.main([*flags, *teacher, "--max-steps", "8", "--out", "cut"])
-    one, other = last("whole"), last("cut")
-    assert one["step"] == other["step"] == 8 and same(one["method"], other["method"])
-    group, speeds = one["optimizer"]["param_groups"][0], [run["optimizer"]["state"] for run in (one, other)]
-    assert len(speeds[0]) == len(speeds[1]) == len(group["params"]) > 20, "every parameter got a gradient"
-    assert all(torch.equal(speeds[0][i]["momentum_buffer"], speeds[1][i]["momentum_buffer"]) for i in speeds[0])
-    s = settings(*TINY, method=method)
-    assert (group["momentum"], group["weight_decay"]) == (0.9, s.weight_decay)
-    assert group["lr"] == pytest.approx(train.lr_at(7, s, 6))
-    assert int(one["method"].get("queue.seen", 8 * 16)) == 8 * 16, "the queue moves once a step"
-    assert not any(key.startswith("teacher.") for key in one["method"])
-    assert [row["knn"] != "" for row in csv.DictReader(open("whole/log.csv"))] == [True, False], "kNN after the full epoch"
-    assert [row["step"] for row in csv.DictReader(open("cut/log.csv"))] == ["4", "6", "8"], "the rows before the cut stay"
-
-
-@pytest.mark.parametrize("method", ["seed", "moco", "supervised"])
-def test_a_run_is_its_recipe_step_by_step(tmp_path, method):
-    """What never reaches the loop (decay, schedule, temperature, queue) makes another experiment, and the loss still falls."""
-    flags = "--arch resnet18 --dim 8 --batch-size 32 --lr 0.4 --weight-decay 0.5 --tau-s 0.3 --tau-t 0.07 --max-steps 4 --precision fp32".split()
-    s = settings(*TINY, *flags, "--out", str(tmp_path / "run"), method=method)
-    data, teacher = load_data("shapes", subset=96), Toy()
-    teacher.made = "toy"
-    train.train(s, data, team(), teacher if method == "seed" else None)
-
-    torch.manual_seed(0)
-    net = Encoder("resnet18", 8, image_size=32)
-    m = {"seed": lambda: SEED(net, teacher, 64, 0.3, 0.07), "moco": lambda: MoCo(net, 64, 0.99, 0.3, 1),
-         "supervised": lambda: Supervised(net, 20)}[method]().to(memory_format=torch.channels_last)
-    start, learning = snapshot(m), [p for p in m.parameters() if p.requires_grad]
-    speeds = [torch.zeros_like(p) for p in learning]
-    for step, (epoch, index) in enumerate(train.plan(96, s, team(), range(0, 4))):
-        views = [augment(data.train.pixels[index], uniforms(0, epoch, index, v), 32, blur=False)
-                 .contiguous(memory_format=torch.channels_last) for v in range(m.views_needed)]
-        torch.manual_seed(step)                                     # MoCo's shuffle
-        loss, _ = m(views, data.train.labels[index])
-        with torch.no_grad():
-            for p, v, g in zip(learning, speeds, torch.autograd.grad(loss, learning)):
-                v.mul_(0.9).add_(g + 0.5 * p)
-                p.sub_(0.05 * min(step + 1, 3) / 3 * v)             # 0.4 * 32/256, three steps of warm-up
-        m.finish_step()
-    slow, fast = m.state_dict(), last(tmp_path / "run")["method"]
-    keys = [key for key, value in fast.items() if value.is_floating_point() and "running" not in key]
-    distance = lambda a, b: math.sqrt(sum((a[key] - b[key]).square().sum().item() for key in keys))
-    assert distance(slow, fast) < 0.01 * distance(slow, start)
-
-
-def test_a_killed_run_has_its_last_full_epoch(tmp_path, monkeypatch):
-    """A power cut after nine days must not cost nine days."""
-    monkeypatch.chdir(tmp_path)
-    steps = iter(range(7))
-    monkeypatch.setattr(train.Supervised, "finish_step", lambda self: next(steps))
-    with pytest.raises(StopIteration):
-        train.main(["--method", "supervised", "--arch", "resnet18", "--out", "run", *TINY])
-    assert last("run")["step"] == 6 and load_teacher("run/encoder.pt").arch == "resnet18"
-
-
-@pytest.mark.parametrize("name", ["encoder.pt", "last.pt"])
-def test_a_kill_while_saving_costs_nothing(tmp_path, monkeypatch, name):
-    """The moment of writing is when full disks and time limits strike."""
-    s = settings("--arch", "mobilenet_v3_small", "--batch-size", "8", "--out", str(tmp_path / "run"), method="supervised")
-    data, write = load_data("shapes", subset=8), torch.save
-    folder = train.RunFolder(s, data, train.Trainer(s, data, team()))
-    folder.resume(), folder.save(1, 0.0)
-
-    def cut(state, path):
-        write(state, path)
-        if name in str(path):
-            Path(path).write_bytes(b"half")
-            raise OSError("power cut")
-
-    monkeypatch.setattr(torch, "save", cut)
-    with pytest.raises(OSError):
-        folder.save(2, 0.0)
-    assert last(s.out)["step"] == 1 and load_teacher(f"{s.out}/encoder.pt").arch == s.arch
-
-
-def test_a_student_does_not_go_on_under_another_teacher(tmp_path, monkeypatch):
-    """Half of it learned from one, half from the other, ranked against a queue of both."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "table", lambda *a: None)
-    moco_file("a"), moco_file("b")
-    flags = ["--arch", "resnet18", "--out", "run", *TINY]
-    train.main([*flags, "--teacher", "a", "--max-steps", "1"])
-    with pytest.raises(InputError, match=r"other settings \(teacher "):
-        train.main([*flags, "--teacher", "b", "--max-steps", "2"])
-    with pytest.raises(InputError, match="pictures "):
-        train.main([*flags, "--teacher", "a", "--subset", "95"])
-    with pytest.raises(InputError, match="of another teacher"):
-        train.main([*flags, "--max-steps", "2"])
-    os.remove("run/last.pt")
-    with pytest.raises(InputError, match="no last.pt"):
-        train.main([*flags, "--teacher", "a"])
-
-
-def test_a_run_is_built_from_its_settings():
-    """A flag that goes nowhere: args.json says tau_t = 0.07, and the run trains with 0.01."""
-    flags = "--dataset cifar10 --arch resnet18 --dim 8 --hidden-dim 20 --queue-size 50 --tau-s 0.3 --tau-t 0.07".split()
-    m = train.build(settings(*flags), None, Toy(), team())
-    assert (m.tau_s, m.tau_t, len(m.queue.features)) == (0.3, 0.07, 50)
-    assert m.encoder.options == dict(arch="resnet18", dim=8, hidden_dim=20, small_images=True, image_size=32)
-    m = train.build(settings(*flags, method="moco"), None, None, team())
-    assert (m.tau, m.momentum, len(m.queue.features), m.encoder.backbone.bn1.splits) == (0.3, 0.99, 50, 8)
-    m = train.build(settings(*flags, method="moco"), None, None, team(0, 8))
-    assert m.encoder.backbone.bn1.splits == 1, "eight ranks split the batch already"
-    data, made = load_data("shapes", subset=8), {}
-    for number in "01":
-        made[number] = train.build(settings(*flags, "--seed", number, method="supervised"), data, None, team()).class_vectors
-    assert not torch.equal(made["0"], made["1"]), "other weights by another seed"
-
-
-def test_another_setting_is_another_run():
-    """Resumed under it, half a run is one experiment and half another."""
-    data = load_data("shapes", subset=8)
-    for change in ("--weight-decay 9", "--batch-size 9", "--tau-s 9", "--tau-t 9", "--queue-size 9", "--warmup-epochs 0", "--precision bf16",
-                   "--hidden-dim 9", "--image-size 40", "--small-images", "--arch resnet18", "--view-epochs 1", "--dim 9"):
-        assert train.identity(settings(*change.split()), data) != train.identity(settings(), data), change
-
-
-@pytest.mark.parametrize("method, networks", [("seed", ["encoder", "teacher"]), ("moco", ["encoder", "key_encoder"]), ("supervised", ["encoder"])])
-def test_compile_compiles_each_network(monkeypatch, method, networks):
-    """One that is left out sets the pace."""
-    compiled, s = [], settings("--arch", "resnet18", "--dim", "8", "--batch-size", "8", "--compile", method=method)
-    monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))
-    trainer = train.Trainer(s, load_data("shapes", subset=8), team(), Toy() if method == "seed" else None)
-    trainer.start()
-    assert compiled == [getattr(trainer.method, name) for name in networks]
-
-
-def test_chance_is_another_in_each_step_on_each_rank_and_by_each_seed():
-    """Dropout, and MoCo's shuffle: the same mask all along would switch the same features off for good."""
-    data, seen = load_data("shapes", subset=8), []
-    for number, rank in (("0", 0), ("0", 1), ("1", 0), ("1", 1)):
-        s = settings("--arch", "mobilenet_v3_small", "--batch-size", "4", "--seed", number, method="supervised")
-        trainer = train.Trainer(s, data, team(rank, 2))
-        trainer.update = lambda loss: seen.append(torch.initial_seed())
-        for step, batch in enumerate(train.batches(data.train, s, team(rank, 2), 1, range(2))):
-            trainer.step(step, *batch)
-    assert len(set(seen)) == 8
-
-
-def test_the_log_tells_means_and_stops_at_nan():
-    """A loss that is not a number trains on for days, and saves itself over the good checkpoint."""
-    progress = train.Progress(settings(), Path("nowhere"), 0, 10, 5, 0.0)
-    for loss in (1.0, 2.0, 3.0):
-        progress.add(torch.tensor(loss), {})
-    assert progress.stop_clock(3, 0.1)["loss"] == 2.0
-    progress.start_clock(), progress.add(torch.tensor(math.nan), {})
-    with pytest.raises(InputError, match="not finite at step 4; lower --lr"):
-        progress.stop_clock(4, 0.1)
-
-
-@pytest.mark.parametrize("flags, units, teachers, students", [
-    ("--image-size 48", True, torch.bfloat16, torch.float32), ("--small-images", True, torch.bfloat16, torch.float32),
-    ("--image-size 48", False, torch.float32, torch.float32), ("--image-size 32", True, torch.float32, torch.float32),
-    ("--image-size 48 --precision fp32", True, torch.float32, torch.float32), ("--precision bf16", False, torch.bfloat16, torch.bfloat16)])
-def test_a_frozen_teacher_uses_the_bf16_units_of_a_cpu(monkeypatch, flags, units, teachers, students):
-    """Twice as fast for a teacher, which only goes forward; the student would train more slowly, and so would tiny layers."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(amx_bf16=units))
-    s = settings("--arch", "resnet18", "--dim", "8", "--batch-size", "4", *flags.split())
-    data, teacher, found = load_data("shapes", subset=8), Encoder("resnet18", 8, image_size=32).eval(), {}
-    trainer = train.Trainer(s, data, team(), teacher)
-    for name, net in (("teacher", teacher), ("student", trainer.method.encoder)):
-        net.backbone.conv1.register_forward_hook(lambda module, x, out, name=name: found.__setitem__(name, out.dtype))
-    loss, _, _ = trainer.step(0, *next(train.batches(data.train, s, team(), 1, [0])))
-    assert found == dict(teacher=teachers, student=students) and trainer.method.latest.dtype == loss.dtype == torch.float32
-    assert not trainer.scaler.is_enabled()
-    s.precision = "fp16"
-    assert train.Trainer(s, data, team(), teacher).scaler.is_enabled(), "small gradients would be 0 in float16"
-
-
-def test_a_batch_is_the_planned_pictures_each_under_its_own_numbers():
-    """Two equal views, or the same view each epoch: MoCo has nothing to learn, and its loss looks splendid."""
-    s, data = settings("--batch-size", "16"), load_data("shapes", subset=64)
-    s.crop_scale, s.blur, s.seed = (0.1, 0.4), True, 3
-    for (epoch, index), (views, labels, whose) in zip(train.plan(64, s, team(), range(3, 6)), train.batches(data.train, s, team(), 2, range(3, 6))):
-        assert torch.equal(labels, data.train.labels[index]) and len(views) == 2
-        for v, view in enumerate(views):
-            numbers = uniforms(3, epoch, index, v)
-            assert torch.allclose(view, augment(data.train.pixels[index], numbers, 32, (0.1, 0.4), True), atol=1e-5)
-
-
-def calls_of(monkeypatch):
-    """Counts, in a list of one number, how often a SEED teacher is asked."""
-    asked, load = [0], train.load_teacher
-
-    def loaded(*args):
-        teacher = load(*args)
-        teacher.register_forward_hook(lambda *a: asked.__setitem__(0, asked[0] + 1))
-        return teacher
-    monkeypatch.setattr(train, "load_teacher", loaded)
-    monkeypatch.setattr(train, "table", lambda *a: None)
-    return asked
-
-
-@pytest.fixture
-def teacher_file(tmp_path):
-    net = Encoder("resnet18", 32, image_size=32)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-    save_encoder(tmp_path / "teacher.pt", net, "a test", False)
-    return tmp_path / "teacher.pt"
-
-
-CACHED = ["--arch", "mobilenet_v3_small", "--precision", "fp32", "--teacher", "teacher.pt", "--teacher-cache", "cache", *TINY]
-
-
-def test_a_kept_answer_is_the_teachers_answer(tmp_path, monkeypatch, teacher_file):
-    """A second student, a resumed run or a torn row must train as if the teacher had been asked: to the last bit."""
-    monkeypatch.chdir(tmp_path)
-    asked = calls_of(monkeypatch)
-    runs = []
-    for out, flags, calls in (("without", CACHED[:6] + TINY, 12), ("first", CACHED, 12), ("second", CACHED, 1)):
-        train.main([*flags, "--out", out])
-        runs.append(last(out))
-        assert asked[0] == calls, f"{out}: 12 steps; a cache that is full asks in the first step alone"
-        asked[0] = 0
-    rows = np.memmap("cache/z.float32", np.float32, "r+", shape=(2, 96, 32))
-    whole = np.array(rows)
-    assert np.allclose(np.linalg.norm(whole, axis=2), 1, atol=1e-5), "each picture's view of each epoch"
-    rows[1, 7, 16:], rows[0, 3] = 0, np.nan                             # a kill tears one row, a bad disk another
-    train.main([*CACHED, "--out", "torn"])
-    assert asked[0] == 3 and np.array_equal(np.array(rows), whole), "the two batches again, and the first step"
-    train.main([*CACHED, "--tau-t", "0.2", "--out", "another"])
-    for other in (*runs[1:], last("torn")):
-        assert same(runs[0]["method"], other["method"])
-    assert not same(runs[0]["method"], last("another")["method"])
-
-
-def test_answers_are_addressed_by_epoch_and_picture(tmp_path, monkeypatch, teacher_file):
-    """A row in another's place is a teacher that looks at another picture; nothing else would notice."""
-    monkeypatch.chdir(tmp_path)
-    calls_of(monkeypatch)
-    train.main([*CACHED, "--out", "run"])
-    rows = np.memmap("cache/z.float32", np.float32, "r", shape=(2, 96, 32))
-    data, teacher = load_data("shapes", subset=96), load_teacher("teacher.pt")
-    for epoch, index in ((0, [5, 80]), (1, [5, 17])):
-        view = augment(data.train.pixels[index], uniforms(0, epoch, index), 32, blur=False)
-        assert np.allclose(rows[epoch, index], teacher(view).numpy(), atol=1e-4)
-
-
-def test_a_cache_grows_and_repeats(tmp_path, monkeypatch, teacher_file, capsys):
-    """More epochs keep what is there; --view-epochs bounds the disk, and shuffles the pictures all the same."""
-    monkeypatch.chdir(tmp_path)
-    asked = calls_of(monkeypatch)
-    train.main([*CACHED, "--view-epochs", "1", "--out", "once"])
-    assert asked[0] == 7 and os.path.getsize("cache/z.float32") == 4 * 96 * 32, "the second epoch only looks once"
-    assert "1 x 96 x 32 float32, 0.00 GB" in capsys.readouterr().out
-    train.main([*CACHED, "--out", "twice"])
-    assert asked[0] == 7 + 7 and os.path.getsize("cache/z.float32") == 2 * 4 * 96 * 32
-    s = settings("--batch-size", "10", "--epochs", "5", "--view-epochs", "2")
-    planned = list(train.plan(20, s, team(), range(10)))
-    assert [epoch for epoch, _ in planned[::2]] == [0, 1, 0, 1, 0]
-    assert not np.array_equal(planned[0][1], planned[4][1]), "other company in each epoch"
-    with pytest.raises(InputError, match="view_epochs"):
-        train.main([*CACHED, "--view-epochs", "1", "--out", "twice"])
-
-
-def test_a_cache_of_other_answers_is_refused(tmp_path, monkeypatch, teacher_file):
-    """Answers to other views, or of another teacher, would be learnt without a word."""
-    monkeypatch.chdir(tmp_path)
-    calls_of(monkeypatch)
-    flags = [*CACHED, "--out", "other", "--max-steps", "7"]
-    train.main([*CACHED, "--out", "run"])
-    kept = Path("cache/z.float32").read_bytes()
-    for change, named in ((["--seed", "1"], "seed 0 there, 1 here"), (["--subset", "95"], "subset 96 there, 95 here"),
-                          (["--precision", "bf16"], "precision torch.float32 there, torch.bfloat16 here"),
-                          (["--image-size", "40"], "image_size 32 there, 40 here")):
-        with pytest.raises(InputError, match=named):
-            train.main([*flags, *change])
-    for name, other in (("crop_scale", (0.1, 1.0)), ("blur", True)):
-        monkeypatch.setitem(train.RECIPES["shapes"]["common"], name, other)
-        with pytest.raises(InputError, match=name):
-            train.main(flags)
-    load = train.load_data
-    monkeypatch.setattr(train, "load_data", lambda *a: dataclasses.replace(load(*a), key="another"))
-    with pytest.raises(InputError, match="pictures .* there"):
-        train.main(flags)
-    monkeypatch.undo(), monkeypatch.chdir(tmp_path), calls_of(monkeypatch)
-    monkeypatch.setattr(train, "augment", lambda *a: augment(*a).flip(2))       # code that the fingerprint does not know
-    with pytest.raises(InputError, match="answers differently"):
-        train.main(flags)
-    monkeypatch.undo(), monkeypatch.chdir(tmp_path)
-    save_encoder("teacher.pt", Encoder("resnet18", 32, image_size=32), "another", False)
-    with pytest.raises(InputError, match="teacher .* there"):
-        train.main(flags)
-    with pytest.raises(InputError, match="teacher-cache is for --method seed"):
-        train.main(["--method", "moco", "--teacher-cache", "cache"])
-    assert Path("cache/z.float32").read_bytes() == kept, "nothing lost"
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: train.SimpleNamespace(free=100))
-    with pytest.raises(InputError, match="lower --view-epochs"):
-        train.main([*CACHED[:-len(TINY)], *TINY, "--teacher-cache", "new", "--out", "other"])
-
-
-@pytest.mark.parametrize("method, place", [("seed", "memory"), ("moco", "memory"), ("supervised", "memory"), ("seed", "disk")])
-def test_the_benchmark_measures_and_trains_nothing(tmp_path, monkeypatch, capsys, folder_of_pictures, method, place):
-    """Its table must add up, name each part, and leave no run behind."""
-    monkeypatch.chdir(tmp_path)
-    disk = f"--dataset folder --data {folder_of_pictures} --image-size 72 --subset 20 --workers 1".split() if place == "disk" else []
-    train.main(["--benchmark", "--method", method, "--arch", "mobilenet_v3_small", "--teacher-arch", "resnet18", *TINY, *disk])
-    out = capsys.readouterr().out
-    assert f"on {place}" in out or f"in {place}" in out
-    assert list(tmp_path.iterdir()) == [folder_of_pictures]
-    row = lambda name: [float(word) for word in re.search(rf"^{name} +([\d.]+) +([\d.]+)$", out, re.M).groups()]
-    network = dict(seed=["teacher"], moco=["key encoder"], supervised=[])[method]
-    for name in ["reading", "augmentation", *network, "student: forward, backward, update", "whole step"]:
-        ms, rate = row(name)
-        assert 0 < ms and ms == pytest.approx(16e3 / rate, rel=0.02, abs=0.006)
-    floor, ratio = map(float, re.search(r"whole step: its networks alone take ([\d.]+) ms, ([\d.]+) of it", out).groups())
-    assert floor == pytest.approx(sum(row(name)[0] for name in [*network, "student: forward, backward, update"]), abs=0.02)
-    assert ratio == pytest.approx(floor / row("whole step")[0], abs=0.01)
-    assert ("loss and queue" in out) == (method != "supervised") and ("teacher cached" in out) == (method == "seed")
-
-
-def test_a_run_resumes_or_says_that_it_is_finished_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
-    """The same command again must never silently train something else into the same folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "table", lambda *a: None)
-    flags = ["--method", "supervised", "--arch", "resnet18", "--out", "run", *TINY]
-    train.main(flags)
-    before = (Path("run") / "encoder.pt").read_bytes()
-    train.main([*flags, "--workers", "1", "--eval-every", "1"])
-    assert "finished before" in capsys.readouterr().out and (Path("run") / "encoder.pt").read_bytes() == before
-    for change in (["--lr", "0.3"], ["--epochs", "3"], ["--seed", "1"]):
-        with pytest.raises(InputError, match=change[0].strip("-") + " "):
-            train.main([*flags, *change])
-    rows = list(csv.DictReader(open("run/log.csv")))
-    assert [int(row["step"]) for row in rows] == [6, 10, 12] and float(rows[-1]["loss"]) > 0
-    assert json.load(open("run/args.json"))["lr"] == 0.1 and Image.open("run/views.png").size[0] > 100
-
-
-def test_a_teacher_is_trained_once_and_kept_under_what_made_it(tmp_path, monkeypatch, capsys):
-    """A cached teacher of another recipe or seed would spoil a comparison without a word."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "table", lambda *a: None)
-    flags = ["--arch", "mobilenet_v3_small", "--teacher-arch", "resnet18", "--max-steps", "2", *TINY]
-    train.main([*flags, "--out", "a"])
-    assert "WITH the labels" in capsys.readouterr().out
-    made = json.loads((next(Path("runs/teachers").iterdir()) / "args.json").read_text())
-    assert (made["arch"], made["epochs"], made["method"]) == ("resnet18", 1, "supervised")
-    train.main([*flags, "--tau-t", "0.1", "--out", "b"])
-    assert "finished before" in capsys.readouterr().out and len(list(Path("runs/teachers").iterdir())) == 1
-    train.main([*flags, "--teacher-method", "moco", "--out", "c"])
-    train.main([*flags, "--seed", "1", "--out", "d"])
-    assert len(list(Path("runs/teachers").iterdir())) == 3
-    assert load_teacher("a/encoder.pt").labels_seen is True and load_teacher("c/encoder.pt").labels_seen is False
-
-
-def test_the_paper_s_setting_runs_on_large_pictures(tmp_path, folder_of_pictures):
-    """ImageNet's path: JPEGs from disk at 224 px, a MoCo-v2 ResNet-50, in a process of its own."""
-    moco_file(tmp_path / "moco.pth.tar", "resnet50")
-    done = command("train.py", "--dataset", "folder", "--data", folder_of_pictures, "--arch", "mobilenet_v3_large", "--teacher",
-                   tmp_path / "moco.pth.tar", "--batch-size", "4", "--max-steps", "2", "--workers", "1", "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "matched 318/318" in done.stdout and "without labels" in done.stdout and "waiting" in done.stdout
-    assert load_teacher(tmp_path / "runs/folder-seed-mobilenet_v3_large/encoder.pt").dim == 128
-
-
-def command(*words, cwd, launcher=(sys.executable,), threads=None):
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | ({"OMP_NUM_THREADS": threads} if threads else {})
-    return subprocess.run([*launcher, str(HERE / words[0]), *map(str, words[1:])], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
-
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-
-
-def test_two_processes_are_one_run(tmp_path, monkeypatch):
-    """Weights and queue must be equal on both, to the bit, and the batches those of a single process."""
-    monkeypatch.chdir(tmp_path)
-    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
-    one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    for name in ("seed", "moco"):
-        weights = [{k: v for k, v in state[name].items() if "running" not in k and "num_batches" not in k} for state in (one, other)]
-        assert same(*weights), name
-        assert same(one[name + " start"], other[name + " start"])
-        assert not same(one[name + " start"], weights[0])
-    assert same(one["run"], other["run"]), "train.py wraps the networks, or eight GPUs train eight of them"
-    assert one["mean"] == other["mean"] == 2.5, "the log is about all ranks"
-    assert torch.equal(one["gathered"], torch.arange(8.0)[:, None]) and torch.equal(other["gathered"], one["gathered"])
-    assert torch.allclose(one["shuffled"], torch.arange(0.0, 12, 2)[:, None]) and torch.allclose(other["shuffled"], torch.arange(1.0, 12, 2)[:, None])
-
-    # One process on the whole batch: the same keys in the queue, in the same order, since the teacher sees the same views.
-    s, data, teacher = two_rank_setting()
-    method = SEED(Toy(), teacher, 64)
-    for views, _, _ in train.batches(data.train, s, team(), 1, range(0, 3)):
-        method(views)
-        method.finish_step()
-    queue = one["seed"]["queue.features"]
-    assert torch.allclose(queue[:48], method.queue.features[:48], atol=1e-5)
-    assert torch.equal(queue[48:], one["seed start"]["queue.features"][48:]), "and no more than three batches"
-
-
-def two_rank_setting():
-    torch.manual_seed(5)
-    return settings("--batch-size", "16", "--image-size", "32"), load_data("shapes", subset=64), Toy()
-
-
-def two_ranks(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    s, data, teacher = two_rank_setting()
-    result = {"gathered": seed.gather(torch.tensor([[0.0], [2], [4], [6]]) + rank)}
-    for name in ("seed", "moco"):
-        torch.manual_seed(6)
-        method = SEED(Toy(), teacher, 64) if name == "seed" else MoCo(Toy(), 64, momentum=0.9)
-        result[name + " start"] = {k: v for k, v in snapshot(method).items() if "running" not in k and "num_batches" not in k}
-        model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
-        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
-        for views, labels, _ in train.batches(data.train, s, team(rank, 2), method.views_needed, range(0, 3)):
-            loss, _ = model(views, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            method.finish_step()
-        result[name] = snapshot(method)
-    progress = train.Progress(s, Path(folder), 0, 1, 1, 0.0)
-    progress.add(torch.tensor(2.0 + rank), {})
-    result["mean"] = progress.stop_clock(1, 0.1)["loss"]
-    method.key_encoder = nn.Identity()
-    torch.manual_seed(rank)                                         # as in a real run: each rank has its own chance
-    result["shuffled"] = method.embed_keys(torch.arange(0.0, 12, 2)[:, None] + rank)
-    os.environ["RANK"], built, build = str(rank), [], train.build
-    train.build = lambda *a: built.append(build(*a)) or built[-1]
-    s.arch, s.dim, s.out, s.max_steps, teacher.made = "resnet18", 8, f"{folder}/run", 3, "toy"
-    train.train(s, data, team(rank, 2), teacher)
-    result["run"] = {k: v for k, v in snapshot(built[0]).items() if "running" not in k and "num_batches" not in k}
-    torch.save(result, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_torchrun_with_two_processes_gives_a_student(tmp_path):
-    """The README's command for several processes, here on the CPU."""
-    done = command("train.py", "--arch", "mobilenet_v3_small", "--teacher-arch", "mobilenet_v3_small", "--max-steps", "2", *TINY, cwd=tmp_path,
-                   launcher=(*TORCHRUN, "--nproc_per_node=2"), threads="1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("stage 2") == 1 and "2 processes on cpu" in done.stdout and "mobilenet_v3_small by SEED" in done.stdout
-
-
-def test_the_readmes_main_command_runs(tmp_path):
-    """Cut to a few steps; what it prints last is the table."""
-    done = command("train.py", "--arch", "mobilenet_v3_large", "--max-steps", "3", "--subset", "256", cwd=tmp_path, launcher=TORCHRUN)
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "runs/shapes-seed-mobilenet_v3_large"
-    rows = json.loads((out / "results.json").read_text())
-    assert [row["labels"] for row in rows] == ["no", "yes", "by its teacher"] and all(0 <= row["knn"] <= 100 for row in rows)
-    assert all(Image.open(out / name).size[0] > 300 for name in ("views.png", "neighbours.png"))
-    done = command("probe.py", out / "encoder.pt", "--subset", "256", cwd=tmp_path)
-    assert done.returncode == 0 and "kNN" in done.stdout, done.stderr
-    found = json.loads((out / "probe.json").read_text())
-    assert found["knn"] == pytest.approx(rows[2]["knn"], abs=0.5) and "SEED" in found["made"]
-
-
-def test_the_readmes_commands_are_understood():
-    """A printed command that does not run is worse than none."""
-    blocks = [block.split("```")[0] for block in (HERE / "README.md").read_text().split("```sh\n")[1:]]
-    lines = [line.split("#")[0].split() for block in blocks for line in block.splitlines() if " train.py " in line]
-    assert len(lines) >= 7
-    for words in lines:
-        args = train.parse_flags(words[words.index("train.py") + 1:])
-        train.resolve(args, args.method)
-    for block in (HERE / "README.md").read_text().split("```python\n")[1:]:
-        compile(block.split("```")[0], "README.md", "exec")
-
-
-def test_cifar_is_read_through_torchvision_and_a_failed_download_is_explained(tmp_path, monkeypatch):
-    """The user without a network is told what to do, not shown a stack of sockets."""
-    class Fake:
-        filename, classes = "cifar-10-python.tar.gz", list("abcdefghij")
+    for split, count in ((data.train, 250), (data.test, 100)):
+        assert split.labels.bincount().tolist() == [count] * 20
+    torch.manual_seed(1)
+    assert torch.equal(draw_all_shapes(100, split=0).pixels, data.train.pixels[:100])
+    train_images = {image.numpy().tobytes() for image in data.train.pixels}
+    assert not train_images & {image.numpy().tobytes() for image in data.test.pixels}
+    train_x = seed.normalize(data.train.pixels).flatten(1)
+    test_x = seed.normalize(data.test.pixels[:1000]).flatten(1)
+    assert knn(train_x, data.train.labels, test_x, data.test.labels[:1000]) < 30
+
+
+def test_a_subset_is_chosen_by_the_seed(few_shapes):
+    """Two methods on different subsets could not be compared."""
+    one = load_data("shapes", subset=100, seed=0)
+    again = load_data("shapes", subset=100, seed=0)
+    other = load_data("shapes", subset=100, seed=1)
+    assert one.fingerprint == again.fingerprint
+    assert one.fingerprint != other.fingerprint
+    assert (len(one.train), len(one.test)) == (100, 100)
+    assert len(one.train.labels.unique()) == 20
+
+
+def test_cifar_is_read_through_torchvision_and_a_failed_download_is_explained(tmp_path,
+                                                                             monkeypatch):
+    """A user without a network would see a traceback, and not what to do."""
+    class FewImages:
+        filename = "cifar-10-python.tar.gz"
+        classes = list("abcdefghij")
 
         def __init__(self, root, train, download):
-            self.data = np.arange((6 if train else 4) * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(-1, 32, 32, 3)
-            self.targets = list(range(6 if train else 4))
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
-    data = load_data("cifar10", tmp_path)
-    assert data.judged and data.train.pixels.shape == (6, 3, 32, 32) and data.test.labels.tolist() == [0, 1, 2, 3]
-    assert data.train.pixels[0, :, 0, 1].tolist() == [3, 4, 5], "channels first"
+            n = 6 if train else 4
+            self.data = (np.arange(n * 32 * 32 * 3) % 256).astype(np.uint8).reshape(n, 32, 32, 3)
+            self.targets = list(range(n))
 
     def refused(*args, **options):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(Fake, "__init__", refused)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", FewImages)
+    data = load_data("cifar10", tmp_path)
+    assert data.has_labels
+    assert data.train.pixels.shape == (6, 3, 32, 32)
+    assert data.test.labels.tolist() == [0, 1, 2, 3]
+    assert data.train.pixels[0, :, 0, 1].tolist() == [3, 4, 5], "channels first"
+    monkeypatch.setattr(FewImages, "__init__", refused)
     with pytest.raises(InputError, match=r"put cifar-10-python.tar.gz into .* --dataset shapes"):
         load_data("cifar10", tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", FewImages)
+    with pytest.raises(InputError, match="cannot download cifar100"):
+        load_data("cifar100", tmp_path)
 
 
-def test_probe_judges_an_untrained_network_too(tmp_path, monkeypatch, capsys):
-    """Without this row nobody can tell what a number means."""
-    monkeypatch.chdir(tmp_path)
-    probe.main(["random:resnet18", "--subset", "200", "--device", "cpu", "--out", "here"])
-    assert "resnet18, random weights" in capsys.readouterr().out
-    found = json.loads(Path("here/probe.json").read_text())
-    assert 5 < found["knn"] < 30 and Path("here/neighbours.png").exists()
+# ------------------------------------------------------------------------------------ the settings
+def make_cfg(*flags, method="seed"):
+    """All settings of a stage, from its flags."""
+    args = train.parse_args(["--device", "cpu", "--method", method, *flags])
+    return train.make_config(args, method)
 
 
-def test_pictures_without_labels_are_welcome(tmp_path, monkeypatch, capsys):
-    """SEED needs no label, so a directory of pictures must do; only the accuracies are left out."""
-    monkeypatch.chdir(tmp_path)
-    write_pictures(tmp_path / "p", [f"{i}.png" for i in range(40)])
-    train.main(["--dataset", "folder", "--data", "p", "--image-size", "32", "--arch", "mobilenet_v3_small", "--teacher-arch", "mobilenet_v3_small",
-                "--batch-size", "8", "--epochs", "1", "--teacher-epochs", "1", "--device", "cpu", "--compare"])
-    printed = capsys.readouterr().out
-    out = Path("runs/folder-seed-mobilenet_v3_small")
-    assert json.loads((out / "args.json").read_text())["queue_size"] == 36, "no longer than there are pictures"
-    rows = json.loads((out / "results.json").read_text())
-    assert "without labels" in printed and [row["name"] for row in rows][-1] == "mobilenet_v3_small by MoCo-v2"
-    assert all(row["knn"] is row["linear"] is None for row in rows) and (out / "neighbours.png").exists()
+def test_imagenet_gets_the_papers_settings():
+    """Whoever runs the paper's experiment would run another one."""
+    cfg = make_cfg("--dataset", "imagenet")
+    expected = dict(queue_size=65536, tau_s=0.2, tau_t=0.01, lr=0.03, weight_decay=1e-4, epochs=200,
+                    warmup_epochs=5, batch_size=256, dim=128, hidden_dim=None,
+                    crop_scale=(0.2, 1.0), blur=True, image_size=224)
+    assert {key: getattr(cfg, key) for key in expected} == expected
+    assert make_cfg("--dataset", "imagenet", method="moco").key_momentum == 0.999
+    assert make_cfg("--dataset", "folder").epochs == 200
+    assert make_cfg("--dataset", "folder", "--image-size", "65").epochs == 200
 
 
-@pytest.mark.parametrize("flags, words", [
+def test_a_flag_beats_the_recipe_and_a_methods_flag_stays_with_the_method():
+    """--lr of the student would change its teacher and its rivals, too."""
+    args = train.parse_args(["--lr", "0.5", "--batch-size", "64"])
+    own = train.make_config(args, "seed")
+    rival = train.make_config(args, "moco")
+    assert own.lr == 0.5
+    assert rival.lr == train.METHOD_CHANGES["shapes", "moco"]["lr"]
+    assert own.batch_size == rival.batch_size == 64
+    flags = ("--lr 9 --weight-decay 9 --queue-size 9 --tau-s 9 --tau-t 9 --dim 9 --hidden-dim 9 "
+             "--view-epochs 9").split()
+    without = train.make_config(train.parse_args([]), "moco")
+    with_flags = train.make_config(train.parse_args(flags), "moco")
+    assert vars(without) == vars(with_flags)
+
+
+def test_the_recipes_are_those_of_the_tables():
+    """A number changed in passing would make the README's tables and commands disagree."""
+    keys = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "key_momentum", "epochs",
+            "batch_size")
+
+    def recipe(name, method, *flags):
+        cfg = make_cfg("--dataset", name, *flags, method=method)
+        return [getattr(cfg, key) for key in keys]
+
+    assert recipe("shapes", "seed") == [0.4, 1e-4, 2048, 0.2, 0.05, 0.999, 14, 128]
+    assert recipe("shapes", "moco") == [0.06, 1e-4, 256, 0.2, 0.01, 0.99, 14, 128]
+    assert recipe("shapes", "supervised")[:2] == [0.1, 1e-4]
+    assert recipe("cifar10", "seed") == [0.2, 1e-4, 4096, 0.2, 0.01, 0.999, 200, 256]
+    assert recipe("cifar100", "seed") == recipe("cifar10", "seed")
+    assert recipe("cifar10", "moco") == [0.03, 5e-4, 4096, 0.1, 0.01, 0.99, 200, 256]
+    assert recipe("cifar10", "supervised")[:2] == [0.1, 5e-4]
+    small = ("folder", "--image-size", "64")
+    expected = [0.1, 1e-4, 2048, 0.2, 0.05, 0.999, 20, 128]
+    assert recipe(small[0], "seed", *small[1:]) == expected
+    expected = [0.06, 1e-4, 2048, 0.2, 0.01, 0.99, 20, 128]
+    assert recipe(small[0], "moco", *small[1:]) == expected
+    expected = [0.1, 1e-4, 2048, 0.2, 0.01, 0.999, 20, 128]
+    assert recipe(small[0], "supervised", *small[1:]) == expected
+
+
+def test_help_shows_the_recipe_of_every_data_set(capsys):
+    """The defaults that a user reads would not be those that run."""
+    with pytest.raises(SystemExit) as ended:
+        train.parse_args(["--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, line in enumerate(lines) if "imagenet, folder" in line)
+    rows = {}
+    for line in lines[header + 1:]:
+        rows[line[:18].strip()] = [line[i:i + 18].strip() for i in range(18, len(line), 18)]
+    assert list(rows) == list(train.PAPER)
+    flags = [["shapes"], ["cifar100"], ["folder", "--image-size", "32"], ["imagenet"]]
+    names = [lines[header][i:i + 18].strip() for i in range(18, len(lines[header]), 18)]
+    assert names == ["shapes", "cifar", "folder, to 64 px", "imagenet, folder"]
+    for column, words in enumerate(flags):
+        cfg = make_cfg("--dataset", *words)
+        for key, cells in rows.items():
+            assert cells[column] == str(getattr(cfg, key)), f"{key} of {words[0]}"
+
+
+def test_help_shows_the_other_defaults(capsys):
+    """A user would not know which seed two runs have in common."""
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: auto)" in text
+    assert "(default: False)" not in text
+    assert "of weights, views, order and subset (default: 0)" in text
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    """The schedule belongs to the whole run, wherever it is stopped."""
+    cfg = make_cfg(*"--epochs 10 --warmup-epochs 2 --lr 0.1 --batch-size 512".split())
+    rates = [train.lr_at(step, cfg, 50) for step in range(500)]
+    assert rates[0] == pytest.approx(0.2 / 100)
+    assert rates[99] == rates[100] == max(rates) == pytest.approx(0.2)
+    assert rates[300] == pytest.approx(0.1)
+    assert rates[-1] < 1e-5
+    assert np.all(np.diff(rates[:100]) > 0)
+    assert np.all(np.diff(rates[100:]) < 0)
+    cfg = make_cfg(*"--epochs 1 --warmup-epochs 5".split())
+    assert cfg.warmup_epochs == 0.5
+    assert train.lr_at(99, cfg, 100) < 0.01 * cfg.lr, "a short run falls to zero, too"
+    peak = cfg.lr * cfg.batch_size / 256
+    assert max(train.lr_at(step, cfg, 39) for step in range(39)) <= peak, "19.5 steps of warm-up"
+    cfg = make_cfg("--warmup-epochs", "0")
+    assert train.lr_at(0, cfg, 39) == pytest.approx(cfg.lr * cfg.batch_size / 256)
+
+
+@pytest.mark.parametrize("flag", ["--weight-decay 9", "--batch-size 9", "--tau-s 9", "--tau-t 9",
+                                  "--queue-size 9", "--warmup-epochs 0", "--precision bf16",
+                                  "--hidden-dim 9", "--image-size 40", "--small-images",
+                                  "--arch resnet18", "--view-epochs 1", "--dim 9", "--lr 9",
+                                  "--epochs 9", "--seed 9", "--subset 9"])
+def test_another_setting_is_another_run(few_shapes, flag):
+    """Resumed under it, half a run would be one experiment and half another."""
+    data = load_data("shapes", subset=8)
+    identity = train.run_identity(make_cfg(), data)
+    assert train.run_identity(make_cfg(*flag.split()), data) != identity
+
+
+def test_what_leaves_the_experiment_as_it_is_may_change_before_a_run_goes_on(few_shapes):
+    """A run could not be resumed on a machine with other cores, disks or folders."""
+    flags = ("--workers 3 --data elsewhere --out elsewhere --teacher file --eval-every 3 "
+             "--max-steps 3 --compare --compile --teacher-cache elsewhere").split()
+    data = load_data("shapes", subset=8)
+    other = make_cfg(*flags)
+    other.device = "cuda"
+    assert train.run_identity(other, data) == train.run_identity(make_cfg(), data)
+
+
+BAD_INPUT = [
     (["--arch", "mobilenet_v3"], "did you mean .*mobilenet_v3_large"),
     (["--teacher", "nothing.pt"], "no such file"),
     (["--dataset", "folder", "--data", "nowhere"], "no directory .*nowhere"),
     (["--dataset", "imagenet", "--data", "."], "train/ and val/"),
-    (["--batch-size", "6000"], "larger than the 5,000"),
+    (["--batch-size", "6000"], "--batch-size 6000: there are 250 training images"),
+    (["--batch-size", "1"], "--batch-size 1 must be a multiple"),
+    (["--subset", "6000"], "--subset 6000: there are 250"),
     (["--lr", "-1"], "--lr must be above 0"),
+    (["--lr", "nan"], "--lr must be above 0"),
+    (["--lr", "inf"], "--lr must be above 0"),
     (["--tau-t", "0"], "--tau-t must be above 0"),
+    (["--epochs", "0"], "--epochs must be above 0"),
+    (["--weight-decay", "-1"], "--weight-decay must be at least 0"),
+    (["--weight-decay", "inf"], "--weight-decay must be at least 0"),
+    (["--seed", "-1"], "--seed must be at least 0"),
     (["--method", "sed"], "invalid choice"),
     (["--lr", "fast"], "invalid float"),
     (["--arch", "vit_b_16"], "vit_b_16 cannot be an encoder at 32 px"),
-    (["--device", "cuda:99"], "no device")])
-def test_bad_input_is_an_error_before_any_training(tmp_path, monkeypatch, flags, words):
-    """One line that says what is wrong; nothing trained, nothing written."""
+    (["--method", "moco", "--teacher-cache", "cache"], "teacher-cache are for --method seed"),
+    (["--method", "supervised", "--teacher", "file"], "--teacher .*are for --method seed"),
+    (["--device", "cuda:99"], "no device")]
+
+
+@pytest.mark.parametrize("flags, words", BAD_INPUT)
+def test_bad_input_is_an_error_before_any_training(tmp_path, monkeypatch, few_shapes, flags,
+                                                   words):
+    """The mistake would show after hours, or leave a folder that the next run trips over."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=words):
-        train.main(flags)
+    with pytest.raises(InputError, match=words) as caught:
+        train.main(["--device", "cpu", *flags])
+    assert "\n" not in probe.one_line(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_does_not_write_among_its_pictures(tmp_path, monkeypatch):
-    """Its own views.png would be training data the next time."""
+def test_numbers_that_may_be_zero_may_be_zero():
+    """No weight decay, or no evaluation on the way, could not be asked for."""
+    flags = ("--weight-decay 0 --warmup-epochs 0 --hidden-dim 0 --workers 0 --eval-every 0 "
+             "--seed 0").split()
+    cfg = make_cfg(*flags)
+    assert cfg.weight_decay == cfg.warmup_epochs == cfg.hidden_dim == cfg.workers == 0
+    assert cfg.eval_every == cfg.seed == 0
+
+
+def test_workers_are_shared_among_the_processes_of_a_machine(monkeypatch):
+    """Eight processes would start eight times as many workers as there are cores."""
+    monkeypatch.setattr(os, "cpu_count", int("12").__int__)
+    assert make_cfg().workers == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert make_cfg().workers == 3
+
+
+# ------------------------------------------------------------------------------------- the batches
+def test_any_number_of_processes_sees_the_same_batches():
+    """The number of GPUs would change the experiment."""
+    cfg = make_cfg("--batch-size", "12")
+    one = [train.samples_of_step(step, 50, cfg) for step in range(9)]
+    assert [epoch for epoch, _ in one] == [0] * 4 + [1] * 4 + [2]
+    for world_size in (2, 3):
+        for step, (epoch, samples) in enumerate(one):
+            parts = []
+            for rank in range(world_size):
+                parts.append(train.samples_of_step(step, 50, cfg, rank, world_size))
+            joined = np.stack([part for _, part in parts], axis=1).reshape(-1)
+            assert np.array_equal(joined, samples)
+            assert {part_epoch for part_epoch, _ in parts} == {epoch}
+    first_epoch = np.concatenate([samples for epoch, samples in one if epoch == 0])
+    assert len(first_epoch) == len(set(first_epoch)) == 48, "no image twice in an epoch"
+    assert not np.array_equal(one[0][1], one[4][1]), "another order in the next epoch"
+    cfg.seed = 1
+    assert not np.array_equal(one[0][1], train.samples_of_step(0, 50, cfg)[1]), "by another seed"
+
+
+def test_repeated_views_come_in_another_order():
+    """With --view-epochs, MoCo's and SEED's batches would repeat with the views."""
+    cfg = make_cfg(*"--batch-size 10 --epochs 5 --view-epochs 2".split())
+    planned = [train.samples_of_step(step, 20, cfg) for step in range(10)]
+    assert [epoch for epoch, _ in planned[::2]] == [0, 1, 0, 1, 0]
+    assert not np.array_equal(planned[0][1], planned[4][1])
+
+
+@pytest.fixture
+def folder_of_images(tmp_path):
+    """24 JPEG files of noise in two class folders."""
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 256, (90, 100, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.jpg")
+    return tmp_path / "images"
+
+
+def test_workers_do_not_change_a_view(folder_of_images):
+    """The number of processes that read would change the experiment."""
+    cfg = make_cfg(*"--dataset folder --image-size 72 --batch-size 8 --seed 3".split())
+    cfg.crop_scale = (0.1, 0.4)
+    data = load_data("folder", folder_of_images, 72)
+    assert data.train.pixels is None
+    runs = []
+    for workers in (0, 2):
+        cfg.workers = workers
+        runs.append(list(train.batches(data.train, cfg, CPU, 2, range(3, 6))))
+    assert [len(run) for run in runs] == [3, 3]
+    for batch, other in zip(*runs):
+        assert len(batch.views) == 2
+        assert not torch.equal(batch.views[0], batch.views[1])
+        assert all(torch.equal(x, y) for x, y in zip(batch.views, other.views))
+        assert torch.equal(batch.labels, other.labels)
+        assert batch.epoch == other.epoch
+        assert np.array_equal(batch.samples, other.samples)
+    first = runs[1][0]
+    order = np.random.default_rng((3, 1)).permutation(len(data.train))[8:16]    # of step 3
+    assert np.array_equal(first.samples, order)
+    assert torch.equal(first.labels, data.train.labels[order])
+    crops = probe.RandomCrops(data.train.files, 72, 2, 3, (0.1, 0.4))
+    for v in range(2):
+        images = torch.stack([crops[1, int(i)][0][v] for i in order])
+        once = augment(images, uniforms(3, 1, order, v), scale=None, blur=cfg.blur)
+        assert torch.allclose(first.views[v], once, atol=1e-5), "cropped once, not twice"
+
+
+def test_images_from_disk_are_evaluated_by_their_test_view(folder_of_images):
+    """Random crops instead would lower every accuracy on ImageNet by a little."""
+    split = load_data("folder", folder_of_images, 72).train
+    views = torch.cat(list(probe.test_views(split, 72, CPU, workers=0, batch_size=5)))
+    assert len(views) == len(split)
+    for i in (3, 20):
+        assert torch.equal(views[i], seed.normalize(probe.test_image(split, i, 72)[None])[0])
+
+
+def test_a_batch_has_the_planned_images_each_with_its_own_random_numbers(few_shapes):
+    """Two equal views, or the same view in each epoch: MoCo would learn nothing, and its loss
+    would look splendid."""
+    cfg = make_cfg("--batch-size", "16")
+    cfg.crop_scale = (0.1, 0.4)
+    cfg.blur = True
+    cfg.seed = 3
+    data = load_data("shapes", subset=64)
+    steps = range(3, 6)
+    found = list(train.batches(data.train, cfg, CPU, 2, steps))
+    assert len(found) == 3
+    for step, batch in zip(steps, found):
+        epoch, samples = train.samples_of_step(step, 64, cfg)
+        assert batch.epoch == epoch
+        assert np.array_equal(batch.samples, samples)
+        assert torch.equal(batch.labels, data.train.labels[samples])
+        assert batch.wait > 0
+        assert len(batch.views) == 2
+        for v, view in enumerate(batch.views):
+            u = uniforms(3, epoch, samples, v)
+            expected = augment(data.train.pixels[samples], u, 32, (0.1, 0.4), True)
+            assert torch.allclose(view, expected, atol=1e-5)
+            assert view.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_images_without_labels_make_batches_without_labels(few_shapes):
+    """SEED and MoCo could not be trained on a directory of images."""
+    split = Split(pixels=draw_all_shapes(8, 0).pixels)
+    [batch] = train.batches(split, make_cfg("--batch-size", "8"), CPU, 1, [0])
+    assert batch.labels is None
+
+
+# ---------------------------------------------------------------------------------------- the loop
+TINY = ("--subset 96 --batch-size 16 --epochs 2 --teacher-epochs 1 --queue-size 64 --eval-every 0 "
+        "--device cpu").split()
+
+
+@pytest.fixture
+def quick_encoders(monkeypatch):
+    """Encoders that do not try whether they accept images of a size; a third of a second each."""
+    def remember(self, image_size):
+        self.image_size = image_size
+
+    monkeypatch.setattr(Encoder, "check_image_size", remember)
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch, few_shapes, quick_encoders):
+    """Runs in a folder of their own, on few shapes, without the evaluation at the end."""
     monkeypatch.chdir(tmp_path)
-    write_pictures(tmp_path, [f"{i}.png" for i in range(20)])
-    with pytest.raises(InputError, match="among the pictures"):
-        train.main(["--dataset", "folder", "--data", ".", "--image-size", "32", "--batch-size", "8", "--device", "cpu"])
+    monkeypatch.setattr(train, "print_table", lambda *args: None)
+    return tmp_path
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    """What a shell script, and a tired reader, can act on."""
-    for words in (["train.py", "--lr", "-1"], ["probe.py", "nothing.pt"]):
-        done = command(*words, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    done = command("train.py", "--batch-size", "129", cwd=tmp_path, launcher=(*TORCHRUN, "--nproc_per_node=2"), threads="1")
-    assert done.returncode != 0 and done.stderr.count("error: --batch-size 129 must be a multiple") == 1
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory):
+    """An encoder.pt with embeddings of 32 numbers, whose batch norm is not the initial one."""
+    torch.manual_seed(0)
+    encoder = Encoder(ARCH, 32, image_size=32)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_(0, 0.1)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    save_encoder(path, encoder, "a test", False)
+    return str(path)
 
 
-def test_the_toy_runs():
-    """`python seed.py` is the first thing a reader tries; seed.py needs no other file."""
-    done = command("seed.py", cwd="/")
-    assert done.returncode == 0 and "100%" in done.stdout and "own entry" in done.stdout
+class PowerCut(Exception):
+    """What kills a run in these tests."""
+
+
+def last_checkpoint(folder):
+    """The content of a run's last.pt."""
+    return torch.load(Path(folder) / "last.pt", weights_only=True)
+
+
+def log_rows(folder):
+    """The rows of a run's log.csv: dicts of texts."""
+    with open(Path(folder) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(rows):
+    """Rows of a log without what depends on the machine."""
+    kept = []
+    for row in rows:
+        kept.append({k: v for k, v in row.items() if k not in ("waiting", "images_per_s")})
+    return kept
+
+
+@pytest.mark.parametrize("method, arch", [("seed", "mobilenet_v3_small"), ("moco", ARCH),
+                                          ("supervised", "mobilenet_v3_small")])
+def test_a_run_that_was_cut_is_the_run_that_never_stopped(quick, teacher_file, method, arch):
+    """A resumed run would be another experiment: other weights, queue, momentum, or dropout."""
+    flags = ["--method", method, "--arch", arch, *TINY]
+    if method == "seed":
+        flags += ["--teacher", teacher_file]
+    train.main([*flags, "--max-steps", "8", "--eval-every", "1", "--out", "whole"])
+    train.main([*flags, "--max-steps", "4", "--out", "cut"])
+    seconds = last_checkpoint("cut")["seconds"]
+    train.main([*flags, "--max-steps", "8", "--out", "cut"])
+    whole = last_checkpoint("whole")
+    cut = last_checkpoint("cut")
+    assert whole["step"] == cut["step"] == 8
+    assert cut["seconds"] > seconds > 0
+    assert same(whole["method"], cut["method"]), "to the last bit; and kNN on the way changes none"
+    group = whole["optimizer"]["param_groups"][0]
+    assert len(group["params"]) > 20
+    cfg = make_cfg(*TINY, method=method)
+    assert (group["momentum"], group["weight_decay"]) == (0.9, cfg.weight_decay)
+    assert group["lr"] == pytest.approx(train.lr_at(7, cfg, 6))
+    momenta = [run["optimizer"]["state"] for run in (whole, cut)]
+    assert len(momenta[0]) == len(momenta[1]) == len(group["params"]), "each got a gradient"
+    for i in momenta[0]:
+        assert torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"])
+    assert int(whole["method"].get("queue.seen", 8 * 16)) == 8 * 16, "one batch a step"
+    assert not any(name.startswith("teacher.") for name in whole["method"]), "frozen: not saved"
+    assert [row["step"] for row in log_rows("whole")] == ["6", "8"]
+    assert [row["knn"] != "" for row in log_rows("whole")] == [True, False], "at full epochs"
+    assert [row["step"] for row in log_rows("cut")] == ["4", "6", "8"]
+
+
+def test_a_killed_run_goes_on_from_its_last_full_epoch(quick, monkeypatch, capsys):
+    """A power cut after nine days would cost nine days; or rows of the log would be missing, or
+    stand there twice."""
+    flags = ["--method", "supervised", "--arch", ARCH, *TINY, "--epochs", "3"]
+    train.main([*flags, "--out", "whole"])
+    steps = iter(range(17))
+
+    def cut_at_step_17(self, labels):
+        if next(steps) == 16:
+            raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervised, "after_step", cut_at_step_17)
+        with pytest.raises(PowerCut):
+            train.main([*flags, "--out", "run"])
+    assert last_checkpoint("run")["step"] == 12
+    assert load_teacher("run/encoder.pt").arch == ARCH
+    with open("run/log.csv", "a") as file:
+        file.write("13,2.2,0.1,3.0,0.1,0.0,100,\r\n")
+    assert [row["step"] for row in log_rows("run")] == ["6", "10", "12", "13"]
+    capsys.readouterr()
+    train.main([*flags, "--out", "run"])
+    assert "resuming at step 12" in capsys.readouterr().out
+    assert [row["step"] for row in log_rows("run")] == ["6", "10", "12", "18"]
+    assert without_times(log_rows("run")) == without_times(log_rows("whole"))
+    assert same(last_checkpoint("run")["method"], last_checkpoint("whole")["method"])
+
+
+def test_a_run_without_a_checkpoint_starts_its_log_anew(quick, monkeypatch):
+    """The rows of a run that was killed in its first epoch would stand before those of the next."""
+    flags = ["--method", "supervised", "--arch", ARCH, *TINY, "--out", "run"]
+
+    def cut(self, labels):
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervised, "after_step", cut)
+        patch.setattr(train.RunFolder, "save", cut)
+        with pytest.raises(PowerCut):
+            train.main(flags)
+    Path("run/log.csv").write_text("step,loss\n5,1.0\n")
+    train.main([*flags, "--max-steps", "1"])
+    assert [row["step"] for row in log_rows("run")] == ["1"]
+
+
+def test_the_lines_of_a_resumed_log_end_as_the_others(quick):
+    """Tools that take the first line's end for that of all would read a column too much."""
+    flags = ["--method", "supervised", "--arch", ARCH, *TINY, "--out", "run"]
+    train.main([*flags, "--max-steps", "1"])
+    train.main([*flags, "--max-steps", "2"])
+    lines = Path("run/log.csv").read_bytes().splitlines(keepends=True)
+    assert len({line.endswith(b"\r\n") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_run_whose_log_was_lost_goes_on(quick, text):
+    """A full disk while the log is cut would cost the run; so would a user who removes the log."""
+    flags = ["--method", "supervised", "--arch", ARCH, *TINY, "--out", "run"]
+    train.main([*flags, "--max-steps", "1"])
+    os.remove("run/log.csv")
+    if text is not None:
+        Path("run/log.csv").write_text(text)
+    train.main([*flags, "--max-steps", "2"])
+    assert [row["step"] for row in log_rows("run")] == ["2"]
+
+
+def small_teacher():
+    """A SmallNetwork with what a run tells about its teacher."""
+    teacher = SmallNetwork()
+    teacher.provenance = "a test"
+    teacher.used_labels = False
+    return teacher
+
+
+def slow_training(method, data, cfg, steps):
+    """The steps of a run with SGD by its formula: momentum 0.9, weight decay 0.5, and a learning
+    rate of 0.05 (0.4 * 32/256) after three steps of warm-up."""
+    weights = [p for p in method.parameters() if p.requires_grad]
+    momenta = [torch.zeros_like(p) for p in weights]
+    for step in range(steps):
+        epoch, samples = train.samples_of_step(step, len(data.train), cfg)
+        views = []
+        for v in range(method.views_per_image):
+            u = uniforms(0, epoch, samples, v)
+            view = augment(data.train.pixels[samples], u, 32, blur=False)
+            views.append(view.contiguous(memory_format=torch.channels_last))
+        torch.manual_seed(step)                                 # for MoCo's shuffle
+        targets = method.targets(views, data.train.labels[samples])
+        gradients = torch.autograd.grad(method.loss(method(views), targets), weights)
+        with torch.no_grad():
+            for p, momentum, gradient in zip(weights, momenta, gradients):
+                momentum.mul_(0.9).add_(gradient + 0.5 * p)
+                p.sub_(0.05 * min(step + 1, 3) / 3 * momentum)
+        method.after_step(targets)
+
+
+@pytest.mark.parametrize("name", ["seed", "moco", "supervised"])
+def test_a_run_is_its_recipe_step_by_step(quick, name):
+    """What does not reach the loop (decay, schedule, temperature, queue) would make another
+    experiment, and the loss would fall all the same."""
+    flags = (f"--arch {ARCH} --dim 8 --batch-size 32 --lr 0.4 --weight-decay 0.5 --tau-s 0.3 "
+             "--tau-t 0.07 --max-steps 4 --precision fp32 --out run").split()
+    cfg = make_cfg(*TINY, *flags, method=name)
+    data = load_data("shapes", subset=96)
+    teacher = small_teacher() if name == "seed" else None
+    train.train(cfg, data, CPU, teacher)
+    found = last_checkpoint("run")["method"]
+
+    torch.manual_seed(0)
+    network = Encoder(ARCH, 8, image_size=32)
+    if name == "seed":
+        method = SEED(network, teacher, 64, 0.3, 0.07)
+    elif name == "moco":
+        method = MoCo(network, 64, 0.99, 0.3, 1)
+    else:
+        method = Supervised(network, 20)
+    method = method.to(memory_format=torch.channels_last)
+    start = snapshot(method)
+    slow_training(method, data, cfg, steps=4)
+
+    def distance(one, other):
+        names = [name for name in trained(found) if found[name].is_floating_point()]
+        return sum((one[name] - other[name]).square().sum() for name in names).sqrt()
+
+    assert distance(method.state_dict(), found) < 0.01 * distance(method.state_dict(), start)
+
+
+@pytest.mark.parametrize("name", ["encoder.pt", "last.pt"])
+def test_a_kill_while_saving_costs_nothing(quick, monkeypatch, name):
+    """A full disk or a time limit in the moment of writing would cost the whole run; or a run
+    would call itself finished without having its encoder."""
+    cfg = make_cfg(*f"--arch {ARCH} --batch-size 8 --out run".split(), method="supervised")
+    data = load_data("shapes", subset=8)
+    encoder, method = train.build(cfg, data, CPU)
+    optimizer = torch.optim.SGD(method.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    folder = train.RunFolder(cfg, data, encoder, method, optimizer, scaler)
+    assert folder.open() == (0, 0.0)
+    folder.save(1, 1.0, 2.5)
+    save = torch.save
+
+    def cut(state, path):
+        save(state, path)
+        if name in str(path):
+            Path(path).write_bytes(b"half")
+            raise PowerCut
+
+    monkeypatch.setattr(torch, "save", cut)
+    with pytest.raises(PowerCut):
+        folder.save(2, 2.0, 5.0)
+    checkpoint = last_checkpoint("run")
+    assert (checkpoint["step"], checkpoint["seconds"]) == (1, 2.5)
+    assert load_teacher("run/encoder.pt").arch == ARCH
+
+
+def test_a_student_does_not_go_on_under_another_teacher(quick):
+    """Half of it would be learned from one, half from the other, against a queue of both."""
+    for name in "ab":
+        save_encoder(name, Encoder(ARCH, 8, image_size=32), "a test", False)
+    flags = ["--arch", ARCH, "--out", "run", *TINY]
+    train.main([*flags, "--teacher", "a", "--max-steps", "1"])
+    with pytest.raises(InputError, match=r"other settings \(teacher was .*, is "):
+        train.main([*flags, "--teacher", "b", "--max-steps", "2"])
+    with pytest.raises(InputError, match="subset was 96, is 95; .*data_fingerprint was "):
+        train.main([*flags, "--teacher", "a", "--subset", "95"])
+    with pytest.raises(InputError, match="of another teacher"):
+        train.main([*flags, "--max-steps", "2"])
+    assert last_checkpoint("run")["step"] == 1
+    assert not Path("runs").exists()
+    os.remove("run/last.pt")
+    with pytest.raises(InputError, match="no last.pt"):
+        train.main([*flags, "--teacher", "a"])
+    torch.save({"weights": 1}, "run/last.pt")
+    with pytest.raises(InputError, match="is not a run's checkpoint"):
+        train.main([*flags, "--teacher", "a"])
+    torch.save({"identity": "{}"}, "run/last.pt")                # the first version's
+    with pytest.raises(InputError, match="is not a run's checkpoint"):
+        train.main([*flags, "--teacher", "a"])
+
+
+def test_a_run_is_built_from_its_settings(monkeypatch, few_shapes, quick_encoders):
+    """args.json would say tau_t = 0.07, and the run would train with 0.01."""
+    flags = ("--dataset cifar10 --arch resnet18 --dim 8 --hidden-dim 20 --queue-size 50 "
+             "--tau-s 0.3 --tau-t 0.07").split()
+    teacher = SmallNetwork()
+    encoder, method = train.build(make_cfg(*flags), None, CPU, teacher)
+    assert method.student is encoder
+    assert method.teacher is teacher
+    assert (method.tau_s, method.tau_t, len(method.queue.features)) == (0.3, 0.07, 50)
+    assert (encoder.arch, encoder.dim, encoder.hidden_dim) == ("resnet18", 8, 20)
+    assert (encoder.small_images, encoder.image_size) == (True, 32)
+    encoder, method = train.build(make_cfg(*flags, method="moco"), None, CPU)
+    assert method.encoder is encoder
+    assert (method.tau, method.momentum, len(method.queue.features)) == (0.3, 0.99, 50)
+    assert encoder.backbone.bn1.splits == 8, "parts of 32 images"
+    assert method.training
+    monkeypatch.setattr(train, "rank_and_world_size", lambda: (0, 8))
+    encoder, _ = train.build(make_cfg(*flags, method="moco"), None, CPU)
+    assert encoder.backbone.bn1.splits == 1, "eight processes split the batch already"
+    data = load_data("shapes", subset=8)
+    flags = ["--arch", ARCH]
+    _, method = train.build(make_cfg(*flags, method="supervised"), data, CPU)
+    _, again = train.build(make_cfg(*flags, method="supervised"), data, CPU)
+    _, other = train.build(make_cfg(*flags, "--seed", "1", method="supervised"), data, CPU)
+    assert method.class_vectors.shape == (20, 128)
+    assert torch.equal(method.class_vectors, again.class_vectors)
+    assert not torch.equal(method.class_vectors, other.class_vectors), "by another seed"
+
+
+def record_compiled(monkeypatch):
+    """A list that grows by each network that is compiled (which would take a minute)."""
+    compiled = []
+
+    def compile(network):
+        compiled.append(network)
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    return compiled
+
+
+@pytest.mark.parametrize("method, names", [("seed", ["student", "teacher"]),
+                                           ("moco", ["encoder", "key_encoder"]),
+                                           ("supervised", ["encoder"])])
+def test_compile_compiles_each_network(monkeypatch, few_shapes, quick_encoders, method, names):
+    """One that is left out would set the pace."""
+    compiled = record_compiled(monkeypatch)
+    data = load_data("shapes", subset=8)
+    teacher = SmallNetwork() if method == "seed" else None
+    flags = ["--arch", ARCH, "--dim", "8"]
+    _, built = train.build(make_cfg(*flags, "--compile", method=method), data, CPU, teacher)
+    cfg = make_cfg(*flags, "--compile", method=method)
+    assert train.compile_and_distribute(built, cfg) is built
+    assert compiled == [getattr(built, name) for name in names]
+    train.compile_and_distribute(built, make_cfg(*flags, method=method))
+    assert len(compiled) == len(names), "only if asked for"
+
+
+def test_a_run_has_its_networks_compiled(quick, monkeypatch, teacher_file):
+    """--compile would change nothing."""
+    compiled = record_compiled(monkeypatch)
+    flags = ["--arch", ARCH, "--teacher", teacher_file, "--max-steps", "1", *TINY, "--compile"]
+    train.main([*flags, "--out", "run"])
+    assert len(compiled) == 2
+
+
+def test_each_step_process_and_seed_draws_other_random_numbers(quick, monkeypatch):
+    """Dropout, and MoCo's shuffle: the same mask in each step would switch the same features off
+    for good."""
+    seen = []
+    targets = Supervised.targets
+    forward = Supervised.forward
+
+    def recorded_targets(self, views, labels):
+        seen.append(torch.initial_seed())
+        return targets(self, views, labels)
+
+    def recorded_forward(self, views):
+        assert torch.initial_seed() == seen[-1]
+        return forward(self, views)
+
+    monkeypatch.setattr(Supervised, "targets", recorded_targets)
+    monkeypatch.setattr(Supervised, "forward", recorded_forward)
+    data = load_data("shapes", subset=8)
+    for number, rank in (("0", 0), ("0", 1), ("1", 0), ("1", 1)):
+        flags = ["--arch", ARCH, "--batch-size", "4", "--seed", number, "--epochs", "1"]
+        cfg = make_cfg(*flags, "--out", f"{number}-{rank}", method="supervised")
+        monkeypatch.setattr(train, "rank_and_world_size", lambda rank=rank: (rank, 2))
+        train.train(cfg, data, CPU)
+    assert len(seen) == len(set(seen)) == 8
+    flags = f"--arch {ARCH} --batch-size 4 --epochs 1 --seed {2**62} --out large".split()
+    train.train(make_cfg(*flags, method="supervised"), data, CPU)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(quick, monkeypatch):
+    """It would train on for days, and save itself over the good checkpoint."""
+    for bad in (math.nan, math.inf):
+        values = {"loss": torch.tensor(1.0), "kl": torch.tensor(bad)}
+        with pytest.raises(InputError, match="not finite at step 4; lower --lr"):
+            train.mean_of_ranks(values, 4)
+    flags = ["--method", "supervised", "--arch", ARCH, *TINY, "--out", "run"]
+    train.main([*flags, "--max-steps", "6"])
+    saved = Path("run/encoder.pt").read_bytes()
+    monkeypatch.setattr(Supervised, "loss", lambda self, logits, labels: logits.mean() * math.nan)
+    with pytest.raises(InputError, match="not finite at step 10; lower --lr"):
+        train.main(flags)
+    assert last_checkpoint("run")["step"] == 6
+    assert Path("run/encoder.pt").read_bytes() == saved
+
+
+def test_a_row_of_the_log_has_the_numbers_of_its_step(quick, monkeypatch, teacher_file):
+    """Whoever tunes tau_t or the learning rate by log.csv would look at other numbers than those
+    of the training."""
+    losses = []
+    copies = []
+    loss = SEED.loss
+
+    def recorded(self, z_s, z_t):
+        losses.append(loss(self, z_s, z_t).item())
+        queue = self.queue.features
+        copies.append(seed_loss(z_t, z_t, queue, self.tau_s, self.tau_t).item())
+        return loss(self, z_s, z_t)
+
+    monkeypatch.setattr(SEED, "loss", recorded)
+    monkeypatch.setattr(train, "LOG_EVERY", 2)
+    flags = ["--arch", ARCH, "--teacher", teacher_file, *TINY, "--queue-size", "80"]
+    train.main([*flags, "--out", "run"])
+    rows = log_rows("run")
+    columns = ("step epoch lr loss kl entropy loss_of_a_copy self_prob top1_agreement queue_filled "
+               "waiting images_per_s knn")
+    assert list(rows[0]) == columns.split()
+    assert [row.pop("knn") for row in rows] == [""] * 6, "--eval-every 0"
+    cfg = make_cfg(*flags)
+    for step, row in zip(range(2, 13, 2), rows):
+        row = {name: float(text) for name, text in row.items()}
+        assert row["step"] == step
+        assert row["epoch"] == pytest.approx(step / 6, rel=1e-5)
+        assert row["lr"] == pytest.approx(train.lr_at(step - 1, cfg, 6), rel=1e-5)
+        assert row["loss"] == pytest.approx(losses[step - 1], rel=1e-5)
+        assert row["loss"] == pytest.approx(row["entropy"] + row["kl"], abs=1e-4)
+        assert row["loss_of_a_copy"] == pytest.approx(copies[step - 1], rel=1e-5)
+        assert row["queue_filled"] == pytest.approx(min(1, (step - 1) * 16 / 80))
+        assert 0 <= row["self_prob"] <= 1
+        assert 0 <= row["top1_agreement"] <= 1
+        assert 0 < row["waiting"] < 1
+        assert row["images_per_s"] > 0
+
+
+def test_knn_during_training_is_that_of_the_network_in_training(quick, few_shapes):
+    """The curve in log.csv would show another network, or other images."""
+    flags = ["--method", "supervised", "--arch", ARCH, *TINY, "--out", "run"]
+    train.main([*flags, "--epochs", "3", "--eval-every", "2", "--max-steps", "12"])
+    rows = log_rows("run")
+    assert [row["knn"] != "" for row in rows] == [False, False, True]
+    data = load_data("shapes", subset=96)
+    scores, _ = evaluate(load_teacher("run/encoder.pt"), data, linear=False)
+    assert float(rows[-1]["knn"]) == pytest.approx(scores["knn"], abs=1.01)
+
+
+def test_seconds_are_those_of_the_training_alone(quick, monkeypatch):
+    """The table would count evaluation and saving, which depend on --eval-every, as training."""
+    now = [0.0]
+
+    def perf_counter():
+        now[0] += 1
+        return now[0]
+
+    def slow_evaluate(*args, **options):
+        now[0] += 1e6
+        return dict(knn=50.0), None
+
+    def slow_save(self, steps_done, epochs, seconds):
+        now[0] += 1e6
+
+    monkeypatch.setattr(train.time, "perf_counter", perf_counter)
+    monkeypatch.setattr(train, "evaluate", slow_evaluate)
+    monkeypatch.setattr(train.RunFolder, "save", slow_save)
+    flags = [*TINY, "--arch", ARCH, "--eval-every", "1", "--out", "run"]
+    cfg = make_cfg(*flags, method="supervised")
+    seconds = train.train(cfg, load_data("shapes", subset=96), CPU)
+    assert 12 < seconds < 100
+    row = {name: float(text) for name, text in log_rows("run")[0].items()}
+    took = 6 * 16 / row["images_per_s"]
+    assert took == pytest.approx(round(took), rel=1e-4)
+    assert 6 < took < seconds
+    assert row["waiting"] == pytest.approx(6 / took, rel=1e-4), "a batch took a tick"
+
+
+def test_a_row_is_printed_in_words_every_ten_seconds(tmp_path, monkeypatch, capsys):
+    """The user would wait for a run that ends an hour later than it says; or see no kNN, or
+    thousands of lines."""
+    now = [100.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    cfg = make_cfg("--epochs", "4", "--batch-size", "10", "--out", str(tmp_path))
+    data = probe.Data("shapes", 32, None, None, [])
+    folder = train.RunFolder(cfg, data, None, None, None, None)
+    row = dict(step=30, epoch=1.5, loss=7.25, loss_of_a_copy=7.125, lr=0.05, images_per_s=5.0,
+               waiting=0.25, knn=33.33)
+    folder.write_row(row, 80)
+    assert capsys.readouterr().out == (
+        " 38%  epoch 1.5/4  loss 7.250 (a copy: 7.125)  lr 0.05  5 images/s  waiting 25%  "
+        "ETA 1:40  kNN 33.3%\n")
+    row["knn"] = None
+    for seconds, step, printed in ((109, 40, ""), (111, 40, "ETA 1:20\n"), (120, 50, ""),
+                                   (120, 80, "ETA 0:00\n"), (129, 50, ""), (131, 50, "ETA 1:00\n")):
+        now[0] = seconds
+        folder.write_row({**row, "step": step}, 80)
+        assert capsys.readouterr().out.endswith(printed)
+        assert bool(printed) == (folder.printed == seconds)
+    assert len(log_rows(tmp_path)) == 7
+
+
+@pytest.mark.parametrize("flags, has_units, frozen, trained", [
+    ("--image-size 48", True, torch.bfloat16, torch.float32),
+    ("--small-images", True, torch.bfloat16, torch.float32),
+    ("--image-size 48", False, torch.float32, torch.float32),
+    ("--image-size 32", True, torch.float32, torch.float32),
+    ("--image-size 48 --precision fp32", True, torch.float32, torch.float32),
+    ("--precision fp16", False, torch.float16, torch.float16),
+    ("--precision bf16", False, torch.bfloat16, torch.bfloat16)])
+def test_a_frozen_teacher_uses_the_bf16_units_of_a_cpu(monkeypatch, flags, has_units, frozen,
+                                                       trained):
+    """The teacher would be half as fast; or the student, and tiny layers, slower than in fp32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(amx_bf16=has_units))
+    cfg = make_cfg(*flags.split())
+    assert train.network_dtype(cfg, CPU, frozen=True) == frozen
+    assert train.network_dtype(cfg, CPU) == trained
+
+
+@pytest.mark.parametrize("has_bf16, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_computes_in_the_half_precision_that_it_has(monkeypatch, has_bf16, dtype):
+    """An older GPU would emulate bf16, several times slower than fp16."""
+    def is_bf16_supported(including_emulation=True):
+        return has_bf16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    for frozen in (False, True):
+        assert train.network_dtype(make_cfg(), torch.device("cuda"), frozen) == dtype
+
+
+def test_the_dtypes_reach_the_networks_and_the_loss_stays_float32(quick, monkeypatch):
+    """bf16 would be announced and not used; or the loss would be rounded to steps of 0.03."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(amx_bf16=True))
+    found = {}
+    build = train.build
+    loss = SEED.loss
+
+    def hooked_build(*args):
+        encoder, method = build(*args)
+        for name in ("student", "teacher"):
+            def record(module, inputs, out, name=name):
+                found[name] = out.dtype
+
+            conv = getattr(method, name).backbone.conv1[0]
+            conv.register_forward_hook(record)
+        return encoder, method
+
+    def recorded_loss(self, z_s, z_t):
+        found["loss"] = loss(self, z_s, z_t).dtype
+        found["z_t"] = z_t.dtype
+        return loss(self, z_s, z_t)
+
+    monkeypatch.setattr(train, "build", hooked_build)
+    monkeypatch.setattr(SEED, "loss", recorded_loss)
+    data = load_data("shapes", subset=8)
+    teacher = Encoder(ARCH, 8, image_size=48)
+    flags = ["--arch", ARCH, "--dim", "8", "--batch-size", "4", "--max-steps", "1", "--epochs", "1"]
+    for precision, student_dtype in (("auto", torch.float32), ("bf16", torch.bfloat16)):
+        more = f"--image-size 48 --precision {precision} --out {precision}".split()
+        train.train(make_cfg(*flags, *more), data, CPU, teacher)
+        assert found == dict(teacher=torch.bfloat16, student=student_dtype, loss=torch.float32,
+                             z_t=torch.float32)
+
+
+def test_float16_scales_the_loss_and_a_resumed_run_keeps_the_scale(quick, monkeypatch):
+    """Small gradients would be 0 in float16; or a resumed run would start with a scale that makes
+    them infinite."""
+    asked = []
+    grad_scaler = torch.amp.GradScaler
+
+    def recorded(device_type, enabled):
+        asked.append(enabled)
+        return grad_scaler(device_type, enabled=True, init_scale=4.0, growth_interval=3)
+
+    flags = ["--method", "supervised", "--arch", ARCH, *TINY]
+    train.main([*flags, "--max-steps", "8", "--out", "without"])
+    monkeypatch.setattr(torch.amp, "GradScaler", recorded)
+    train.main([*flags, "--max-steps", "8", "--out", "whole"])
+    train.main([*flags, "--max-steps", "4", "--out", "cut"])
+    train.main([*flags, "--max-steps", "8", "--out", "cut"])
+    assert asked == [False] * 3
+    assert last_checkpoint("without")["scaler"] == {}
+    assert last_checkpoint("whole")["scaler"]["scale"] == 16.0
+    assert last_checkpoint("cut")["scaler"] == last_checkpoint("whole")["scaler"]
+    for name in ("whole", "cut"):
+        assert same(last_checkpoint("without")["method"], last_checkpoint(name)["method"])
+
+    def stop(device_type, enabled):
+        raise PowerCut(enabled)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", stop)
+    with pytest.raises(PowerCut, match="True"):
+        train.main([*flags, "--precision", "fp16", "--out", "half"])
+
+
+# -------------------------------------------------------------------------------- the teacher cache
+CACHED = [*TINY, *("--arch mobilenet_v3_small --precision fp32 --teacher-cache cache --subset 48 "
+                   "--queue-size 40").split()]       # a run of 6 steps
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A list that grows by one each time that SEED's teacher computes embeddings."""
+    calls = []
+    load = train.load_teacher
+
+    def load_and_count(*args):
+        teacher = load(*args)
+        teacher.register_forward_hook(lambda *args: calls.append(1))
+        return teacher
+
+    monkeypatch.setattr(train, "load_teacher", load_and_count)
+    return calls
+
+
+def test_kept_embeddings_are_the_teachers(quick, asked, teacher_file):
+    """A second student, or one whose cache was torn by a kill, would train as if from another
+    teacher; nothing else would notice."""
+    flags = [*CACHED, "--teacher", teacher_file]
+    without = [flag for flag in flags if flag not in ("--teacher-cache", "cache")]
+    runs = {}
+    for out, words, calls in (("without", without, 6), ("first", flags, 6), ("second", flags, 0)):
+        train.main([*words, "--out", out])
+        runs[out] = last_checkpoint(out)["method"]
+        assert len(asked) == calls, f"{out}: 6 steps, and none with a full cache"
+        asked.clear()
+    rows = np.memmap("cache/z.float32", np.float32, "r+", shape=(2, 48, 32))
+    whole = np.array(rows)
+    assert np.allclose(np.linalg.norm(whole, axis=2), 1, atol=1e-5), "of each image in each epoch"
+    data = load_data("shapes", subset=48)
+    teacher = load_teacher(teacher_file)
+    for epoch, samples in ((0, [5, 40]), (1, [5, 17])):
+        view = augment(data.train.pixels[samples], uniforms(0, epoch, samples), 32, blur=False)
+        assert np.allclose(rows[epoch, samples], teacher(view).numpy(), atol=1e-4)
+    rows[1, 7, 16:] = 0                                         # a kill tears one row,
+    rows[0, 3] = np.nan                                         # a bad disk another
+    train.main([*flags, "--out", "torn"])
+    assert len(asked) == 2, "the two batches with a torn row"
+    assert np.array_equal(np.array(rows), whole)
+    runs["torn"] = last_checkpoint("torn")["method"]
+    for out in ("first", "second", "torn"):
+        assert same(runs["without"], runs[out]), out
+    train.main([*flags, "--tau-t", "0.2", "--out", "other"])
+    assert not same(runs["without"], last_checkpoint("other")["method"])
+
+
+def cache_of(folder, data, teacher, *flags):
+    """A TeacherCache for a SEED method, and that method."""
+    cfg = make_cfg(*TINY, "--teacher-cache", str(folder), *flags)
+    method = SEED(SmallNetwork(teacher.dim), teacher, 64)
+    return train.TeacherCache(cfg, data, method, torch.float32), method
+
+
+def test_a_torn_row_is_computed_again(tmp_path, few_shapes):
+    """A kill during the writing would leave numbers from which a student learns nonsense."""
+    data = load_data("shapes", subset=96)
+    cache, method = cache_of(tmp_path / "cache", data, SmallNetwork())
+    batch = next(train.batches(data.train, make_cfg(*TINY), CPU, 1, [7]))
+    calls = []
+    method.teacher.register_forward_hook(lambda *args: calls.append(1))
+    whole = cache.targets(batch)
+    assert torch.equal(whole, method.targets(batch.views))
+    calls.clear()
+    half = whole[3].numpy() * ([1] * 4 + [0] * 4)
+    for torn in (0.0, math.nan, math.inf, 0.9 * whole[3].numpy(), half):
+        cache.rows[batch.epoch, batch.samples[3]] = torn
+        assert torch.equal(cache.targets(batch), whole)
+        assert len(calls) == 1
+        assert torch.equal(cache.targets(batch), whole), "repaired on the disk, too"
+        assert len(calls) == 1
+        calls.clear()
+
+
+def test_a_cache_grows_and_repeats(quick, asked, teacher_file):
+    """More epochs would compute anew what is there; --view-epochs would not bound the disk."""
+    flags = [*CACHED, "--teacher", teacher_file]
+    train.main([*flags, "--view-epochs", "1", "--out", "once"])
+    assert len(asked) == 3, "in the second epoch, all views are there"
+    assert os.path.getsize("cache/z.float32") == 4 * 48 * 32
+    train.main([*flags, "--out", "twice"])
+    assert len(asked) == 6
+    assert os.path.getsize("cache/z.float32") == 2 * 4 * 48 * 32
+    with pytest.raises(InputError, match="view_epochs was None, is 1"):
+        train.main([*flags, "--view-epochs", "1", "--out", "twice"])
+
+
+def test_a_cache_of_other_embeddings_is_refused(tmp_path, few_shapes, monkeypatch):
+    """The embeddings of other views, or of another teacher, would be learned without a word."""
+    data = load_data("shapes", subset=96)
+    teacher = SmallNetwork()
+    folder = tmp_path / "cache"
+    cache, _ = cache_of(folder, data, teacher)
+    batch = next(train.batches(data.train, make_cfg(*TINY), CPU, 1, [7]))
+    cache.targets(batch)
+    kept = (folder / "z.float32").read_bytes()
+    for flags, words in ((["--seed", "1"], "seed was 0, is 1"),
+                         (["--subset", "95"], "subset was 96, is 95"),
+                         (["--image-size", "40"], "image_size was 32, is 40")):
+        with pytest.raises(InputError, match=words):
+            cache_of(folder, data, teacher, *flags)
+    changed = dataclasses.replace(data, fingerprint="another")
+    with pytest.raises(InputError, match="data_fingerprint was .*, is another"):
+        cache_of(folder, changed, teacher)
+    with pytest.raises(InputError, match="teacher was .*, is "):
+        cache_of(folder, data, SmallNetwork())
+    cfg = make_cfg(*TINY, "--teacher-cache", str(folder))
+    method = SEED(SmallNetwork(), teacher, 64)
+    with pytest.raises(InputError, match="precision was torch.float32, is torch.bfloat16"):
+        train.TeacherCache(cfg, data, method, torch.bfloat16)
+    for name, value in (("crop_scale", (0.1, 1.0)), ("blur", True)):
+        other = argparse.Namespace(**{**vars(cfg), name: value})
+        with pytest.raises(InputError, match=f"{name} was .*, is .*name another folder"):
+            train.TeacherCache(other, data, method, torch.float32)
+    assert (folder / "z.float32").read_bytes() == kept
+    cache_of(folder, data, teacher, "--tau-t", "0.2", "--epochs", "3", "--lr", "0.5")
+
+
+def test_a_cache_for_which_the_disk_is_too_small_is_refused(tmp_path, few_shapes, monkeypatch):
+    """A full disk would kill the run after days; and one that the cache fills itself must do."""
+    data = load_data("shapes", subset=96)
+    teacher = SmallNetwork()
+    free = argparse.Namespace(free=100)
+    cache, _ = cache_of(tmp_path / "old", data, teacher)
+    cache.rows[:] = 1
+    cache.rows.flush()
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(InputError, match="no room left; name another folder"):
+        cache_of(tmp_path / "new", data, teacher)
+    cache_of(tmp_path / "old", data, teacher)
+
+
+def test_a_cache_without_its_fingerprint_is_refused(tmp_path, few_shapes):
+    """Embeddings of unknown origin (such as a cache of the first version, whose fingerprint has
+    another name) would be taken for this teacher's."""
+    data = load_data("shapes", subset=96)
+    cache, _ = cache_of(tmp_path, data, SmallNetwork())
+    os.remove(tmp_path / "fingerprint.pt")
+    with pytest.raises(InputError):
+        cache_of(tmp_path, data, SmallNetwork())
+
+
+def test_a_cache_is_for_the_student_alone(quick):
+    """--teacher-cache could not be used where the teacher is trained first, or with --compare."""
+    flags = ["--arch", ARCH, "--teacher-arch", ARCH, *TINY, "--max-steps", "1", "--compare"]
+    train.main([*flags, "--teacher-cache", "cache", "--out", "run"])
+    assert last_checkpoint("run")["step"] == last_checkpoint("run/moco")["step"] == 1
+
+
+# ----------------------------------------------------------------------------------- the whole runs
+STAGES = ["reading", "augmentation", "loss", "teacher", "student", "backward", "update"]
+
+
+@pytest.mark.parametrize("method, place", [("seed", "memory"), ("moco", "memory"),
+                                           ("supervised", "memory"), ("seed", "disk")])
+def test_a_profile_times_each_part_and_leaves_no_run_behind(quick, capsys, folder_of_images,
+                                                            method, place):
+    """The table would not add up, or miss a part; or the next run would resume from the profile."""
+    arch = "resnet18"                                           # few layers: few events
+    flags = ["--profile", "--method", method, "--arch", arch, "--teacher-arch", arch, *TINY,
+             *"--subset 20 --batch-size 4 --epochs 1 --compare".split()]
+    if method == "seed":
+        flags += ["--teacher-cache", "cache"]
+    if place == "disk":
+        flags += ["--dataset", "folder", "--data", str(folder_of_images), "--image-size", "72",
+                  "--workers", "1"]
+    train.main(flags)
+    out = capsys.readouterr().out
+    assert f"{'on' if place == 'disk' else 'in'} {place}" in out
+    dataset = "folder" if place == "disk" else "shapes"
+    trace = quick / f"trace-{dataset}-{method}-{arch}.json"
+    assert set(quick.iterdir()) == {folder_of_images, trace}
+    assert f"wrote {trace.name}" in out
+    named = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert set(STAGES) <= named
+    table = {}
+    for name, text, share, speed in re.findall(r"^(\w[\w ]+?) +([\d.]+) +(\d+)% +(\d+)$", out,
+                                               re.M):
+        ms = float(text)
+        table[name] = ms
+        assert 4e3 / (ms + 0.006) - 1 < float(speed) < 4e3 / (ms - 0.006) + 1
+        assert float(share) == pytest.approx(100 * ms / table["whole step"], abs=0.6)
+    assert list(table) == ["whole step", *STAGES, "networks"]
+    assert min(table[name] for name in ("augmentation", "student", "backward", "update")) > 0
+    networks = sum(table[name] for name in ("teacher", "student", "backward", "update"))
+    assert table["networks"] == pytest.approx(networks, abs=0.03)
+    parts = networks + table["reading"] + table["augmentation"] + table["loss"]
+    assert 0.4 < parts / table["whole step"] < 1.5
+
+
+def test_a_run_resumes_or_says_that_it_is_finished_and_refuses_other_settings(quick, capsys):
+    """The same command again would silently train something else into the same folder."""
+    flags = ["--method", "supervised", "--arch", ARCH, "--out", "run", *TINY]
+    train.main(flags)
+    before = Path("run/encoder.pt").read_bytes()
+    capsys.readouterr()
+    train.main([*flags, "--workers", "1", "--eval-every", "1"])
+    assert "finished before, after 12 steps" in capsys.readouterr().out
+    assert Path("run/encoder.pt").read_bytes() == before
+    for name, value, is_now in (("lr", "0.3", "0.1, is 0.3"), ("epochs", "3", "2, is 3"),
+                                ("seed", "1", "0, is 1")):
+        with pytest.raises(InputError, match=f"{name} was {is_now}"):
+            train.main([*flags, f"--{name}", value])
+    rows = log_rows("run")
+    assert [int(row["step"]) for row in rows] == [6, 10, 12]
+    assert "kl" not in rows[0]
+    args = json.loads(Path("run/args.json").read_text())
+    assert (args["lr"], args["method"], args["arch"]) == (0.1, "supervised", ARCH)
+    assert Image.open("run/views.png").size == (8 * 106 + 2, 6 * 106 + 2)
+    encoder = load_teacher("run/encoder.pt")
+    assert "supervision, 2 epochs on shapes" in encoder.provenance
+    assert encoder.used_labels is True
+
+
+def test_a_teacher_is_trained_once_and_kept_under_what_made_it(quick, capsys):
+    """A kept teacher of another recipe or seed would spoil a comparison without a word."""
+    flags = ["--arch", ARCH, "--teacher-arch", ARCH, "--max-steps", "2", *TINY]
+    train.main([*flags, "--out", "a"])
+    out = capsys.readouterr().out
+    assert "WITH the labels" in out
+    assert "stage 1" in out
+    teachers = Path("runs/teachers")
+    [folder] = teachers.iterdir()
+    made = json.loads((folder / "args.json").read_text())
+    assert (made["arch"], made["epochs"], made["method"]) == (ARCH, 1, "supervised")
+    train.main([*flags, "--tau-t", "0.1", "--lr", "0.1", "--out", "b"])
+    assert "finished before" in capsys.readouterr().out
+    assert list(teachers.iterdir()) == [folder]
+    train.main([*flags, "--teacher-method", "moco", "--out", "c"])
+    train.main([*flags, "--seed", "1", "--out", "d"])
+    train.main([*flags, "--max-steps", "1", "--out", "e"])
+    assert len(list(teachers.iterdir())) == 4
+    student = load_teacher("a/encoder.pt")
+    assert student.used_labels is True
+    assert "SEED, 0.333 epochs on shapes, teacher: " in student.provenance
+    assert f"teacher: {ARCH}, supervision, 0.333 epochs on shapes" in student.provenance
+    assert load_teacher("c/encoder.pt").used_labels is False
+
+
+def test_a_student_takes_its_teachers_dim(quick, teacher_file):
+    """A teacher with embeddings of another width than 128 could not be used."""
+    flags = ["--arch", ARCH, "--teacher", teacher_file, "--max-steps", "1", *TINY, "--out", "run"]
+    with pytest.raises(InputError, match="--dim 8: the teacher's embeddings have 32 numbers"):
+        train.main([*flags, "--dim", "8"])
+    assert not Path("run").exists()
+    train.main([*flags, "--dim", "32"])
+    assert load_teacher("run/encoder.pt").dim == 32
+
+
+def test_the_papers_setting_runs_on_large_images(tmp_path, monkeypatch, folder_of_images, capsys):
+    """ImageNet's path would be broken: JPEG files, workers, a published MoCo-v2 ResNet-50."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(moco_file(moco_network("resnet50", version=2), "resnet50"), "moco.pth.tar")
+    train.main(["--dataset", "folder", "--data", str(folder_of_images), "--image-size", "72",
+                "--arch", ARCH, "--teacher", "moco.pth.tar", "--batch-size", "2", "--max-steps",
+                "1", "--workers", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "matched 318/318" in out
+    assert "without labels" in out
+    assert "waiting" in out
+    assert "the queue of 65,536 is cut to the 22 images" in out
+    student = load_teacher(f"runs/folder-seed-{ARCH}/encoder.pt")
+    assert (student.dim, student.image_size, student.used_labels) == (128, 72, False)
+
+
+def test_imagenet_needs_a_teacher_and_says_where_there_is_one(tmp_path, monkeypatch):
+    """A ResNet-50 would be trained for days without having been asked for."""
+    monkeypatch.chdir(tmp_path)
+    for label in "xy":
+        write_images(tmp_path, [f"train/{label}/{i}.png" for i in range(4)])
+        write_images(tmp_path, [f"val/{label}/0.png"])
+    with pytest.raises(InputError, match="no --teacher: use a published one"):
+        train.main(["--dataset", "imagenet", "--data", ".", "--arch", ARCH, "--image-size", "32",
+                    "--batch-size", "4", "--device", "cpu"])
+    assert not Path("runs").exists()
+
+
+def readme_commands(program):
+    """The commands with that program in the README's blocks of shell code: lists of words."""
+    found = []
+    for block in (HERE / "README.md").read_text().split("```sh\n")[1:]:
+        for line in block.split("```")[0].replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if program in words:
+                words = words[words.index(program) + 1:]
+                ends = [i for i, word in enumerate(words) if word in ("&&", ";", "|", ">", "&")]
+                found.append(words[:ends[0]] if ends else words)
+    return found
+
+
+def test_the_readmes_commands_are_understood():
+    """A user would copy a command that does not run."""
+    commands = readme_commands("train.py")
+    assert len(commands) >= 7
+    for words in commands:
+        args = train.parse_args(words)
+        train.make_config(args, args.method)
+    commands = readme_commands("probe.py")
+    assert commands
+    for words in commands:
+        assert probe.parse_args(words).encoder
+    for block in (HERE / "README.md").read_text().split("```python\n")[1:]:
+        compile(block.split("```")[0], "README.md", "exec")
+
+
+def test_the_readmes_main_command_runs(tmp_path, monkeypatch, few_shapes, capsys):
+    """The first thing that a user tries would fail, or its table would not be what it says."""
+    monkeypatch.chdir(tmp_path)
+    words = readme_commands("train.py")[0]
+    assert words == ["--arch", "mobilenet_v3_large"]
+    train.main([*words, *"--subset 128 --max-steps 2 --epochs 2 --device cpu".split()])
+    printed = capsys.readouterr().out
+    out = Path("runs/shapes-seed-mobilenet_v3_large")
+    rows = json.loads((out / "results.json").read_text())
+    names = ["mobilenet_v3_large, untrained", "resnet18, the teacher", "mobilenet_v3_large by SEED"]
+    assert [row["name"] for row in rows] == names
+    assert [row["labels"] for row in rows] == ["no", "yes", "by its teacher"]
+    assert [row["seconds"] is None for row in rows] == [True, False, False]
+    for row in rows:
+        assert 0 < row["knn"] <= 100
+        assert 0 < row["linear"] <= 100
+        line = next(line for line in printed.splitlines() if line.startswith(f"{row['name']}  "))
+        shown = [f"{row['knn']:.1f}%", f"{row['linear']:.1f}%"]
+        assert line.removeprefix(row["name"]).split()[:2] == shown
+        assert line.endswith(row["labels"])
+    for name in ("views.png", "neighbors.png"):
+        assert Image.open(out / name).size[0] > 300
+    probe.main([str(out / "encoder.pt"), "--subset", "128", "--device", "cpu"])
+    assert "kNN" in capsys.readouterr().out
+    found = json.loads((out / "probe.json").read_text())
+    assert found["knn"] == pytest.approx(rows[2]["knn"], abs=0.5)
+    assert found["linear"] == pytest.approx(rows[2]["linear"], abs=2)
+    assert "mobilenet_v3_large, SEED, 2 epochs on shapes" in found["provenance"]
+    assert found["used_labels"] is True
+
+
+def test_compare_trains_the_same_network_by_the_other_methods(tmp_path, monkeypatch, few_shapes,
+                                                              quick_encoders, teacher_file):
+    """The README's comparison would not be one: other images, or settings of another method."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--arch", ARCH, "--teacher", teacher_file, "--lr", "0.7", "--max-steps", "1", *TINY]
+    train.main([*flags, "--compare", "--out", "run"])
+    rows = json.loads(Path("run/results.json").read_text())
+    names = [f"{ARCH}, untrained", f"{ARCH}, the teacher", f"{ARCH} by SEED", f"{ARCH} by MoCo-v2",
+             f"{ARCH} by supervision"]
+    assert [row["name"] for row in rows] == names
+    assert [row["labels"] for row in rows] == ["no", "no", "no", "no", "yes"]
+    assert json.loads(Path("run/args.json").read_text())["lr"] == 0.7
+    for method, lr in (("moco", 0.06), ("supervised", 0.1)):
+        args = json.loads(Path(f"run/{method}/args.json").read_text())
+        assert (args["method"], args["arch"], args["lr"]) == (method, ARCH, lr)
+        assert load_teacher(f"run/{method}/encoder.pt").arch == ARCH
+
+
+def test_probe_evaluates_an_untrained_network_too(tmp_path, monkeypatch, few_shapes, capsys):
+    """Without that row nobody could tell what an accuracy means."""
+    monkeypatch.chdir(tmp_path)
+    probe.main(["random:resnet18", "--subset", "200", "--device", "cpu", "--out", "here"])
+    assert "resnet18, random weights, without labels" in capsys.readouterr().out
+    found = json.loads(Path("here/probe.json").read_text())
+    assert 5 < found["knn"] < 30
+    assert found["encoder"] == "random:resnet18"
+    assert found["used_labels"] is False
+    assert "200 training" in found["data"]
+    assert Path("here/neighbors.png").exists()
+    one = probe.load_encoder(probe.parse_args([f"random:{ARCH}"]))
+    again = probe.load_encoder(probe.parse_args([f"random:{ARCH}"]))
+    other = probe.load_encoder(probe.parse_args([f"random:{ARCH}", "--seed", "1"]))
+    assert same(one.state_dict(), again.state_dict())
+    assert not same(one.state_dict(), other.state_dict())
+
+
+def test_images_without_labels_are_welcome(tmp_path, monkeypatch, capsys):
+    """SEED needs no label, and yet a directory of images would not do."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "p", [f"{i}.png" for i in range(40)])
+    train.main(["--dataset", "folder", "--data", "p", "--image-size", "32", "--arch", ARCH,
+                "--teacher-arch", ARCH, "--batch-size", "8", "--epochs", "1", "--teacher-epochs",
+                "1", "--max-steps", "2", "--device", "cpu", "--compare"])
+    assert "without labels" in capsys.readouterr().out
+    out = Path(f"runs/folder-seed-{ARCH}")
+    args = json.loads((out / "args.json").read_text())
+    assert args["queue_size"] == 36, "no longer than there are images"
+    rows = json.loads((out / "results.json").read_text())
+    names = [f"{ARCH}, untrained", f"{ARCH}, the teacher", f"{ARCH} by SEED", f"{ARCH} by MoCo-v2"]
+    assert [row["name"] for row in rows] == names
+    assert all(row["knn"] is row["linear"] is None for row in rows)
+    assert (out / "neighbors.png").exists()
+    probe.main([str(out / "encoder.pt"), "--dataset", "folder", "--data", "p", "--device", "cpu"])
+    assert "no labels, so no accuracy" in capsys.readouterr().out
+    with pytest.raises(InputError, match="training with labels needs them, and p has none"):
+        train.main(["--dataset", "folder", "--data", "p", "--image-size", "32", "--batch-size",
+                    "8", "--arch", ARCH, "--method", "supervised", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--out", "deep/run"], ["--method", "moco", "--out", "run"]])
+def test_a_run_does_not_write_among_its_images(tmp_path, monkeypatch, flags):
+    """Its own views.png would be a training image the next time."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path, [f"{i}.png" for i in range(20)])
+    before = set(tmp_path.iterdir())
+    with pytest.raises(InputError, match="among the images"):
+        train.main(["--dataset", "folder", "--data", ".", "--image-size", "32", "--batch-size", "8",
+                    "--arch", ARCH, "--device", "cpu", *flags])
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_run_may_lie_beside_a_train_folder(tmp_path, few_shapes):
+    """Whoever keeps runs beside train/ and val/ would be refused without need."""
+    for label in "xy":
+        write_images(tmp_path, [f"train/{label}/{i}.png" for i in range(4)])
+    flags = ["--dataset", "folder", "--data", str(tmp_path), "--image-size", "32", "--batch-size",
+             "4", "--out", str(tmp_path / "run")]
+    train.fit_to_data(make_cfg(*flags), load_data("folder", tmp_path, 32))
+
+
+def test_a_run_is_not_the_folder_of_its_images(tmp_path):
+    """Its own views.png would be a training image the next time."""
+    write_images(tmp_path, [f"{i}.png" for i in range(20)])
+    flags = ["--dataset", "folder", "--data", str(tmp_path), "--image-size", "32", "--batch-size",
+             "4", "--out", str(tmp_path)]
+    with pytest.raises(InputError, match="among the images"):
+        train.fit_to_data(make_cfg(*flags), load_data("folder", tmp_path, 32))
+
+
+# ----------------------------------------------------------------------------------- the processes
+def run_as_command(name, *words):
+    """Run a file as `python FILE WORDS` does, in this process; the exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(HERE / name), run_name="__main__")
+    return ended.value.code
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    """A shell script would go on; a reader would have to look for the reason in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("train.py", ["--lr", "-1"]), ("probe.py", ["nothing.pt"])):
+        assert run_as_command(name, *words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+    done = command(sys.executable, HERE / "probe.py", "nothing.pt", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: no such file: nothing.pt\n"
+    assert done.stdout == ""
+
+
+def test_bad_input_to_several_processes_is_one_line_of_the_first(monkeypatch, capsys):
+    """Eight processes would print the same line eight times; or none, if one alone fails."""
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    assert run_as_command("train.py", "--lr", "-1") == 2
+    assert slept == []
+    monkeypatch.setenv("RANK", "1")
+    assert run_as_command("train.py", "--lr", "-1") == 2
+    assert slept == [5], "by then torchrun has ended it, since the main process has failed"
+    assert capsys.readouterr().err.count("error: --lr must be above 0") == 2
+
+
+@pytest.mark.parametrize("error, words", [
+    (KeyboardInterrupt(), "\ninterrupted; the same command resumes"),
+    (torch.OutOfMemoryError("CUDA"), "error: out of memory; lower --batch-size"),
+    (OSError("disk full"), "error: disk full")])
+def test_a_run_that_cannot_go_on_says_why_in_one_line(monkeypatch, error, words):
+    """The reader would have to look for the reason in a traceback."""
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(probe, "load_data", fail)
+    assert run_as_command("train.py", "--device", "cpu").startswith(words)
+
+
+def test_an_error_of_a_worker_is_one_line():
+    """The broken file's name would stand under a traceback of the worker."""
+    error = InputError("Caught InputError in DataLoader worker process 0.\nTraceback:\n  x\n"
+                       "seed.InputError: cannot read the image 3.png")
+    assert probe.one_line(error) == "error: cannot read the image 3.png"
+
+
+def test_the_batch_is_shared_evenly_or_refused(monkeypatch, few_shapes):
+    """Processes would train on different numbers of images, or batch norm on a single one."""
+    monkeypatch.setattr(train, "rank_and_world_size", lambda: (0, 2))
+    data = load_data("shapes")
+    for size in (129, 2):
+        with pytest.raises(InputError, match=f"--batch-size {size} must be a multiple of the 2 "):
+            train.fit_to_data(make_cfg("--batch-size", str(size)), data)
+    train.fit_to_data(make_cfg("--batch-size", "4"), data)
+
+
+@pytest.mark.parametrize("device, gpus, environment, words", [
+    ("cpu", 0, dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="2"), "several machines are not supported"),
+    ("mps", 0, dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"), "several processes need GPUs"),
+    ("cuda", 1, dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"), "2 processes but 1 GPUs")])
+def test_processes_that_the_machine_cannot_serve_are_refused(monkeypatch, device, gpus,
+                                                             environment, words):
+    """Processes would wait for each other for two hours, or share a GPU and be half as fast."""
+    monkeypatch.setattr(probe, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words):
+        probe.init_distributed(device)
+    assert not dist.is_initialized()
+
+
+def test_gpus_that_are_not_used_are_mentioned(monkeypatch, capsys):
+    """Seven of eight GPUs would be idle for days."""
+    monkeypatch.setattr(probe, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", print)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--arch", "a b"])
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert probe.init_distributed("cuda") == torch.device("cuda", 0)
+    note = "note: 7 GPUs are not used; torchrun --nproc_per_node=8 train.py --arch 'a b'"
+    assert note in capsys.readouterr().out
+
+
+def command(*words, cwd):
+    """Run a command as a user does, but on one thread; CompletedProcess with its output."""
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.run([str(word) for word in words], cwd=cwd, env=environment,
+                          capture_output=True, text=True, timeout=600)
+
+
+def test_torchrun_with_two_processes_gives_a_student(tmp_path, folder_of_images):
+    """The README's command for several GPUs, here on the CPU, would fail, or print each line
+    twice."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    flags = ("--image-size 32 --batch-size 8 --epochs 2 --teacher-epochs 1 --max-steps 2 "
+             "--teacher-method moco --device cpu --out run").split()
+    done = command(sys.executable, *launcher, HERE / "train.py", "--dataset", "folder", "--data",
+                   folder_of_images, "--arch", ARCH, "--teacher-arch", ARCH, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("stage 1", "stage 2", "2 process(es)", f"{ARCH} by SEED  ", "wrote run/"):
+        assert done.stdout.count(words) == 1, words
+    assert done.stdout.count("100%") == 2, "of teacher and student"
+    assert len(log_rows(tmp_path / "run")) == 1
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert [row["labels"] for row in results] == ["no"] * 3
+
+
+def test_two_processes_are_one_run(tmp_path, monkeypatch, few_shapes):
+    """Two processes would train two networks, or with another queue than one process does."""
+    monkeypatch.chdir(tmp_path)
+    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
+    one = torch.load(tmp_path / "rank0.pt")
+    other = torch.load(tmp_path / "rank1.pt")
+    for name in ("seed", "moco"):
+        starts = [trained(result[name][0]) for result in (one, other)]
+        ends = [trained(result[name][1]) for result in (one, other)]
+        assert same(*starts), name
+        assert same(*ends), name
+        assert not same(starts[0], ends[0])
+    assert same(trained(one["run"]), trained(other["run"])), "train.py averages gradients, too"
+    assert one["mean"] == other["mean"] == dict(loss=2.5, kl=25.0), "the log is about both"
+    assert one["refused"] == other["refused"] == "the loss is not finite at step 3", "NaN on one"
+    for result in (one, other):
+        assert torch.equal(result["gathered"], torch.arange(8.0)[:, None])
+    assert torch.allclose(one["keys"], torch.arange(0.0, 12, 2)[:, None])
+    assert torch.allclose(other["keys"], torch.arange(1.0, 12, 2)[:, None])
+    assert one["order"] == "0 1 ", "the main process first"
+    rows = np.fromfile("cache/z.float32", np.float32).reshape(1, 64, 8)
+    kept = np.abs(np.linalg.norm(rows, axis=2) - 1) < 1e-4
+    assert kept.sum() == 48, "what either process has computed"
+
+    # One process on the whole batch has the same queue: the teacher sees the same views.
+    cfg, data, teacher = two_rank_setting()
+    method = SEED(SmallNetwork(), teacher, 64)
+    for batch in train.batches(data.train, cfg, CPU, 1, range(3)):
+        method.after_step(method.targets(batch.views))
+    before, after = [state["queue.features"] for state in one["seed"]]
+    assert torch.allclose(after[:48], method.queue.features[:48], atol=1e-5)
+    assert torch.equal(after[48:], before[48:]), "three batches, and no more"
+
+
+def two_rank_setting():
+    """Settings, data and a teacher; the same in each process."""
+    torch.manual_seed(5)
+    teacher = small_teacher()
+    splits = [draw_all_shapes(64, split=0), draw_all_shapes(20, split=1)]
+    data = probe.Data("shapes", 32, *splits, probe.SHAPE_CLASSES)
+    return make_cfg("--batch-size", "16", "--image-size", "32"), data, teacher
+
+
+def train_together(method, cfg, data):
+    """Three steps of one of several processes; the weights and buffers before and after."""
+    before = snapshot(method)
+    model = train.compile_and_distribute(method, cfg)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
+    for batch in train.batches(data.train, cfg, CPU, method.views_per_image, range(3)):
+        targets = method.targets(batch.views)
+        loss = method.loss(model(batch.views), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step(targets)
+    return before, snapshot(method)
+
+
+def run_together(folder, data, teacher):
+    """A run by train.py of one of several processes; the student in the end."""
+    students = []
+    build = train.build
+
+    def recorded_build(*args):
+        student, method = build(*args)
+        students.append(student)
+        return student, method
+
+    train.build = recorded_build
+    flags = f"--arch {ARCH} --dim 8 --batch-size 16 --epochs 1 --max-steps 3 --out {folder}/run"
+    cfg = make_cfg(*flags.split(), "--teacher-cache", f"{folder}/cache")
+    train.train(cfg, data, CPU, teacher)
+    return snapshot(students[0])
+
+
+def two_ranks(rank, folder):
+    """What one of two processes does; leaves its results in FOLDER/rankRANK.pt."""
+    torch.set_num_threads(1)
+    os.environ["RANK"] = str(rank)
+    address = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    cfg, data, teacher = two_rank_setting()
+    result = {"gathered": seed.concat_all_gather(torch.tensor([[0.0], [2], [4], [6]]) + rank)}
+    torch.manual_seed(6)
+    result["seed"] = train_together(SEED(SmallNetwork(), teacher, 64), cfg, data)
+    torch.manual_seed(6)
+    moco = MoCo(SmallNetwork(), 64, momentum=0.9)
+    result["moco"] = train_together(moco, cfg, data)
+    moco.key_encoder = nn.Identity()
+    torch.manual_seed(rank)                                     # each process has its own numbers
+    result["keys"] = moco.targets([None, torch.arange(0.0, 12, 2)[:, None] + rank])
+
+    values = dict(loss=torch.tensor(2.0 + rank), kl=torch.tensor(20.0 + 10 * rank))
+    result["mean"] = train.mean_of_ranks(values, 1)
+    try:
+        train.mean_of_ranks(dict(loss=torch.tensor(1.0 if rank else math.nan)), 3)
+    except InputError as error:
+        result["refused"] = str(error).split(";")[0]
+    with probe.main_process_first():
+        with open(f"{folder}/order", "a") as file:
+            file.write(f"{rank} ")
+    dist.barrier()
+    result["order"] = Path(folder, "order").read_text()
+    result["run"] = run_together(folder, data, teacher)
+    torch.save(result, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------ plain code
+def test_the_code_stays_plain():
+    """It is there to be read: long lines and long functions would hide the method."""
+    for name in ("seed.py", "probe.py", "train.py", "test_seed.py"):
+        source = (HERE / name).read_text()
+        for number, line in enumerate(source.splitlines(), 1):
+            assert len(line) <= 100, f"{name}:{number}"
+        if name == "test_seed.py":
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                limit = 60 if (name, node.name) == ("train.py", "train") else 45
+                assert node.end_lineno - node.lineno + 1 <= limit, f"{name}: {node.name}"

@@ -6,8 +6,7 @@
         --arch mobilenet_v3_large --teacher moco_v2_800ep_pretrain.pth.tar      # eight GPUs
 
 A run leaves a folder: encoder.pt (what you take away), last.pt (the same command again resumes from
-it), log.csv, args.json, results.json, views.png, neighbors.png. Batch sizes are over all processes:
-the same command sees the same batches on any number of them.
+it), log.csv, args.json, results.json, views.png, neighbors.png.
 """
 import argparse
 import csv
@@ -310,8 +309,7 @@ def train(cfg, data, device, teacher=None):
     if first_step >= last_step:
         print0(f"finished before, after {first_step} steps; delete {cfg.out} to train anew")
         return seconds
-    use_cache = cfg.teacher_cache and teacher
-    cache = TeacherCache(cfg, data, method, target_dtype) if use_cache else None
+    cache = TeacherCache(cfg, data, method, target_dtype) if teacher and cfg.teacher_cache else None
     model = compile_and_distribute(method, cfg)
     clock = Clock(seconds)
     rank, world_size = rank_and_world_size()
@@ -472,7 +470,7 @@ class RunFolder:
         path = Path(self.cfg.out, "log.csv")
         texts = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
         with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if path.stat().st_size == 0:
                 writer.writeheader()
             writer.writerow(texts)
@@ -518,7 +516,7 @@ class TeacherCache:
         shape = (epochs, len(data.train), method.teacher.dim)
         with main_process_first():
             path.mkdir(parents=True, exist_ok=True)
-            if not (path / "fingerprint.pt").exists():
+            if not any(path.iterdir()):
                 save_file(path / "fingerprint.pt", current)
             other = differences(read_checkpoint(path / "fingerprint.pt"), current)
             (path / "z.float32").touch()
@@ -556,8 +554,9 @@ def fit_to_data(cfg, data):
         print0(f"note: the queue of {cfg.queue_size:,} is cut to the {images:,} images")
         cfg.queue_size = images
     folder = Path(cfg.data).resolve()
+    out = Path(cfg.out).resolve()
     is_flat = cfg.dataset == "folder" and not (folder / "train").is_dir()
-    if is_flat and folder in Path(cfg.out).resolve().parents:
+    if is_flat and (folder == out or folder in out.parents):
         raise InputError(f"the run's folder {cfg.out} would lie among the images of {cfg.data}; "
                          "name another --out")
     identity = run_identity(cfg, data)
