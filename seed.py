@@ -55,15 +55,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class InputError(ValueError):
-    """A bad file or name; one line says what is wrong and what to do. (ValueError: a bad call.)"""
+    """A bad file or name; one line says what is wrong and what to do. (A bad call: ValueError.)"""
 
 
 # ------------------------------------------------------------------------------------- 1. the loss
 def similarity_logits(z, own, queue, tau):
-    """Cosine similarity of each z to its own entry and to every queue entry, divided by tau.
+    """Cosine similarities of each z to d_0 = own (of the same image) and d_1 ... d_K = queue, over
+    tau.
 
     Args: z, own: float [B, D]; queue: float [K, D]; all rows of length 1; tau: above 0.
-    Returns: float32 [B, 1+K], the own entry first. Raises: ValueError for other shapes or tau."""
+    Returns: float32 [B, 1+K]. Raises: ValueError for other shapes or another tau."""
     if z.ndim != 2 or own.shape != z.shape or queue.ndim != 2 or queue.shape[1] != z.shape[1]:
         shapes = [list(x.shape) for x in (z, own, queue)]
         raise ValueError(f"expected shapes [B, D], [B, D] and [K, D], got {shapes}")
@@ -96,11 +97,11 @@ def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
     0.01, as here; CompRess, a similar method: 0.04 for both networks. Try 0.01 to 0.1, and watch
     `self_prob`, the weight that p_t leaves to the image itself.
 
-    How low does it get? It starts near log(1 + K), 11.1 for K = 65,536. It is at least H(p_t), the
-    entropy of p_t. KL = loss - H(p_t), the student's part, does not reach 0 either while tau_s is
-    larger and makes p_s flatter: at the defaults p_t is nearly one-hot, and even a copy of the
-    teacher (z_s = z_t) has a KL of -log p_s[0] = log(1 + K e^-5 E[e^(5 cos)]), with 5 = 1 / tau_s
-    and cos the similarity to an entry. For a random queue that is 6.2 nats, for a real one more.
+    How low does it get? It starts near log(1 + K), 11.1 for K = 65,536, and is at least H(p_t), the
+    entropy of p_t; KL = loss - H(p_t) is the student's part. It stays far above 0, too, because
+    tau_s > tau_t makes p_s flatter than p_t. At the defaults p_t is nearly one-hot, and a copy of
+    the teacher (z_s = z_t) has a KL of -log p_s[0] = log(1 + K e^-5 E[e^(5 cos)]), where 5 is
+    1 / tau_s and cos its similarity to an entry: 6.2 nats for a random queue, more for a real one.
     So compare a run with `loss_of_a_copy` in `seed_diagnostics`.
 
     Args: z_s: float [B, D], the student's embeddings, which alone get a gradient (with respect to
@@ -145,15 +146,17 @@ def seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
     self_prob: p_t's weight on the image's own entry; near 1, it is contrastive learning.
     top1_agreement: share of images whose own entry is the most similar to the student, as it always
         is to the teacher."""
+    loss = seed_loss(z_s, z_t, queue, tau_s, tau_t)
+    loss_of_a_copy = seed_loss(z_t, z_t, queue, tau_s, tau_t)
     p_t = similarity_logits(z_t, z_t, queue, tau_t).softmax(dim=1)             # [B, 1+K]
     p_s = similarity_logits(z_s, z_t, queue, tau_s).softmax(dim=1)             # [B, 1+K]
     entropy = torch.special.entr(p_t).sum(dim=1).mean()
     return {
-        "kl": seed_loss(z_s, z_t, queue, tau_s, tau_t) - entropy,
+        "kl": loss - entropy,
         "entropy": entropy,
-        "loss_of_a_copy": seed_loss(z_t, z_t, queue, tau_s, tau_t),
+        "loss_of_a_copy": loss_of_a_copy,
         "self_prob": p_t[:, 0].mean(),
-        "top1_agreement": (p_t.argmax(dim=1) == p_s.argmax(dim=1)).float().mean(),
+        "top1_agreement": (p_s.argmax(dim=1) == 0).float().mean(),
     }
 
 
@@ -183,8 +186,8 @@ class FeatureQueue(nn.Module):
     network, needs its slowly moving key encoder for that reason.)
 
     Why does it start with random unit vectors? The first step needs K entries, and no real ones are
-    there yet. They replace the random ones within K/(R*B) steps. Those are far from every image and
-    easy to tell from it, real ones are not: the loss may *rise* until the queue is filled.
+    there yet; within K/(R*B) steps they replace the random ones. A random vector is unlike every
+    image and easy to tell from it, a real one is not: the loss may *rise* until the queue is full.
 
     Buffers: features: float32 [size, dim], rows of length 1; seen: int64, embeddings ever enqueued.
     Raises: ValueError for a size or dim below 1 and for embeddings of another width."""
@@ -287,8 +290,8 @@ class SEED(nn.Module):
         return {**values, "queue_filled": self.queue.filled}
 
     def after_step(self, z_t):
-        """Enqueue z_t. Before `loss`, it would be among the entries twice; between `loss` and
-        `backward`, autograd would stop: "modified by an inplace operation"."""
+        """Enqueue z_t; after `backward`, which still needs the old entries (autograd would stop:
+        "modified by an inplace operation"). Before `loss`, z_t would be among the entries twice."""
         self.queue.enqueue(z_t)
 
 
@@ -308,6 +311,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         # Each part updates the running statistics; together that shall count as one step.
         super().__init__(bn.num_features, bn.eps, 1 - (1 - bn.momentum) ** (1 / splits))
         self.load_state_dict(bn.state_dict())
+        self.to(bn.running_mean)                                        # the same device
         self.splits = splits
 
     def forward(self, x):
@@ -445,7 +449,7 @@ class Encoder(nn.Module):
 
     def set_head(self, dim, hidden_dim=None):
         """Put a new projection head in place; for the widths see the class."""
-        self.dim = dim or self.feature_dim
+        self.dim = self.feature_dim if dim is None else dim
         self.hidden_dim = hidden_dim
         hidden = hidden_dim or self.feature_dim
         if dim is None:
@@ -539,7 +543,7 @@ def load_teacher(path_or_url, arch=None):
         teacher = Encoder(arch, *options)
         weights = {f"backbone.{name}": value for name, value in file["backbone"].items()}
         weights.update({f"head.{name}": value for name, value in file["head"].items()})
-        teacher.provenance = file.get("provenance", file.get("made"))  # "made": the first version
+        teacher.provenance = file.get("provenance", file.get("made", "?"))     # the first version
         teacher.used_labels = file.get("used_labels", file.get("labels_seen"))
     else:
         teacher = Encoder(arch, dim=None)
@@ -552,9 +556,8 @@ def load_teacher(path_or_url, arch=None):
     except RuntimeError as e:                                           # one line a kind of error
         problems = "; ".join(line[:120] for line in str(e).split("\n\t")[1:4])
         raise InputError(f"{path_or_url} does not fit a {arch}: {problems}") from None
-    matched = sum(name.startswith("backbone.") for name in weights)     # old files have no counters
-    total = len(teacher.backbone.state_dict())
-    teacher.provenance = f"{arch}, {teacher.provenance}, matched {matched}/{total} backbone keys"
+    total = len(teacher.backbone.state_dict())                          # all are there by now
+    teacher.provenance = f"{arch}, {teacher.provenance}, matched {total}/{total} backbone keys"
     return teacher.eval().requires_grad_(False)
 
 
@@ -611,8 +614,10 @@ def read_checkpoint(path_or_url):
     if not isinstance(file, dict):
         raise InputError(f"{path} is not a checkpoint: expected a dict of weights")
     needed = {"arch", "dim", "hidden_dim", "small_images", "image_size", "backbone", "head"}
-    if file.get("format") == "seed-encoder" and not needed <= file.keys():
-        raise InputError(f"{path} is not a whole encoder.pt: no {min(needed - file.keys())}")
+    parts = [file.get("backbone"), file.get("head")]
+    is_whole = needed <= file.keys() and all(isinstance(part, dict) for part in parts)
+    if file.get("format") == "seed-encoder" and not is_whole:
+        raise InputError(f"{path} is not a whole encoder.pt; make it anew")
     return file
 
 
@@ -646,7 +651,7 @@ def uniforms(seed, epoch, index, view=0):
     Args: seed, epoch, view: ints; index: B sample numbers (list, array or tensor of ints)."""
     key = np.zeros(1, np.uint64)                                        # an array: may wrap around
     for word in (seed, epoch, view):
-        key = splitmix64(key ^ np.array([word]).astype(np.uint64))
+        key = splitmix64(key ^ np.array([int(word) % 2**64], np.uint64))
     key = splitmix64(key ^ np.asarray(index, np.int64).astype(np.uint64).reshape(-1, 1))  # [B, 1]
     bits = splitmix64(key + np.arange(UNIFORMS, dtype=np.uint64) * GOLDEN)     # [B, U]
     return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
@@ -657,17 +662,18 @@ def crop_box(u, height, width, scale=(0.2, 1.0)):
 
     As in torchvision: area uniform in `scale` (share of the image), log aspect ratio uniform in
     3/4 .. 4/3, position uniform; of ten tries the first that fits counts, else the largest box of
-    such a ratio. u: [B, U]. (In NumPy, which is quickest for one image in a worker.)"""
+    such a ratio (centered in torchvision). u: [B, U]. (In NumPy: quickest for a single image.)"""
     u = u.numpy()
     area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * float(height * width)    # [B, 10]
     ratio = np.exp((2 * u[:, RATIO] - 1) * math.log(4 / 3))             # [B, 10], width / height
     h = np.sqrt(area / ratio)                                           # [B, 10]
     w = np.sqrt(area * ratio)                                           # [B, 10]
     fits = (h <= height) & (w <= width)
-    rows = np.arange(len(u))
-    first = fits.argmax(axis=1)                                         # [B], 0 if none fits
-    h = np.where(fits, h, min(height, width * 4 / 3))[rows, first]      # [B], of the first try
-    w = np.where(fits, w, min(width, height * 4 / 3))[rows, first]      # [B]  that fits
+    first = fits.argmax(axis=1)[:, None]                                # [B, 1]; 0 if none fits
+    h = np.where(fits, h, min(height, width * 4 / 3))                   # [B, 10]
+    w = np.where(fits, w, min(width, height * 4 / 3))                   # [B, 10]
+    h = np.take_along_axis(h, first, axis=1)[:, 0]                      # [B]
+    w = np.take_along_axis(w, first, axis=1)[:, 0]                      # [B]
     box = np.stack([u[:, TOP] * (height - h), u[:, LEFT] * (width - w), h, w], axis=1)    # [B, 4]
     return torch.from_numpy(box.astype(np.float32))
 
@@ -739,7 +745,8 @@ def normalize(images):
 def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
     """MoCo-v2's random view, which SEED uses too, as a pure function: same numbers, same view.
 
-    Crop, flip, jitter (brightness, contrast, saturation, hue), gray, blur; a batch at once.
+    Crop, flip, jitter (brightness, contrast, saturation, hue), gray, blur; a batch at once. Call it
+    outside autocast.
 
     Args: images: uint8 [B, 3, H, W], or float in [0, 1], on any device.
         u: float [B, U] from `uniforms`, on the CPU; size: S, side of the view in pixels, None: H.
@@ -760,13 +767,14 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
     u = u.to(x.device, non_blocking=True)[:, :, None, None, None]       # u[:, FLIP]: [B, 1, 1, 1]
     x = torch.where(u[:, FLIP] < FLIP_P, x.flip(3), x)
 
-    jittered = (u[:, JITTER] < JITTER_P).float()[:, None]               # [B, 1, 1, 1, 1], 0 or 1
-    factor = 1 + JITTER_STRENGTH * jittered * (2 * u - 1)               # 0.6 .. 1.4, or 1; 3 used
-    x = (x * factor[:, BRIGHTNESS]).clamp_(0, 1)
+    jittered = (u[:, JITTER] < JITTER_P).float()                        # [B, 1, 1, 1], 0 or 1
+    factors = 1 + JITTER_STRENGTH * jittered[:, None] * (2 * u[:, BRIGHTNESS:HUE] - 1)
+    brightness, contrast, saturation = factors.unbind(1)                # 0.6 .. 1.4, or 1
+    x = (x * brightness).clamp_(0, 1)
     mean_gray = rgb_to_grayscale(x).mean((2, 3), keepdim=True)          # [B, 1, 1, 1]
-    x = torch.lerp(mean_gray, x, factor[:, CONTRAST]).clamp_(0, 1)
-    x = torch.lerp(rgb_to_grayscale(x), x, factor[:, SATURATION]).clamp_(0, 1)
-    x = adjust_hue(x, HUE_STRENGTH * jittered[:, 0] * (2 * u[:, HUE] - 1))
+    x = torch.lerp(mean_gray, x, contrast).clamp_(0, 1)
+    x = torch.lerp(rgb_to_grayscale(x), x, saturation).clamp_(0, 1)
+    x = adjust_hue(x, HUE_STRENGTH * jittered * (2 * u[:, HUE] - 1))
 
     x = torch.where(u[:, GRAY] < GRAY_P, rgb_to_grayscale(x), x)
     if blur and len(blurred):
@@ -785,7 +793,7 @@ class TinyNetwork(nn.Module):
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
     def forward(self, x):
-        return F.normalize(self.layers(x), dim=1)                       # [B, inputs] -> [B, dim]
+        return F.normalize(self.layers(x).float(), dim=1)               # [B, inputs] -> [B, dim]
 
 
 def toy():

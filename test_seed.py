@@ -353,7 +353,7 @@ def test_a_step_of_the_loss_needs_four_matrices_and_no_copy_of_the_queue():
     assert largest_count(K * D, step) == 1                              # the queue itself
 
 
-def test_the_diagnostics_need_five_matrices_and_no_copy_of_the_queue():
+def test_the_diagnostics_need_three_matrices_and_no_copy_of_the_queue():
     """Otherwise a run would fail for lack of memory in the first step that it logs."""
     B, K, D = 32, 2048, 64
     z_s, z_t, _ = random_embeddings(B, D, 1)
@@ -362,7 +362,7 @@ def test_the_diagnostics_need_five_matrices_and_no_copy_of_the_queue():
     def step():
         seed_diagnostics(z_s, z_t, queue.features)
 
-    assert 2 <= largest_count(B * K, step) - 1 <= 5
+    assert 2 <= largest_count(B * K, step) - 1 <= 3
     assert largest_count(K * D, step) == 1
 
 
@@ -1146,6 +1146,7 @@ def refusal(path, arch=None):
     with pytest.raises(InputError) as caught:
         load_teacher(path, arch)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(path))                # not each of 300 keys
     return str(caught.value)
 
 
@@ -1177,8 +1178,9 @@ def test_a_moco_file_that_is_not_whole_is_an_error(tmp_path):
     assert "backbone.conv1.0.weight" in message
     message = refused({f"{query}layer5.weight": torch.zeros(3)})
     assert 'Unexpected key(s) in state_dict: "backbone.layer5.weight"' in message
-    message = refused({"decoder.weight": torch.zeros(3)})
+    message = refused({"decoder.weight": torch.zeros(3)}, drop="conv5.0.weight")
     assert 'Unexpected key(s) in state_dict: "decoder.weight"' in message
+    assert 'Missing key(s) in state_dict: "backbone.conv5.0.weight"' in message
 
 
 def test_a_file_of_another_network_is_an_error(tmp_path):
@@ -1208,7 +1210,10 @@ def test_what_is_no_checkpoint_is_an_error_in_one_line(tmp_path):
     whole = torch.load(path, weights_only=True)
     for name in ("arch", "dim", "hidden_dim", "small_images", "image_size", "backbone", "head"):
         torch.save({k: v for k, v in whole.items() if k != name}, path)
-        assert f"{path} is not a whole encoder.pt: no {name}" in refusal(path, whole["arch"])
+        assert f"{path} is not a whole encoder.pt" in refusal(path, whole["arch"])
+    for name in ("backbone", "head"):
+        torch.save({**whole, name: [1, 2]}, path)
+        assert f"{path} is not a whole encoder.pt" in refusal(path)
     path.write_bytes(path.read_bytes()[:300])
     assert f"cannot read {path}: " in refusal(path)
     assert f"no such file: {tmp_path / 'nothing.pth'}" in refusal(tmp_path / "nothing.pth")
@@ -1648,7 +1653,8 @@ def test_the_linear_probe_is_the_papers_sgd():
     nn.init.zeros_(expected.bias)
     sgd = torch.optim.SGD(expected.parameters(), 0.3, momentum=0.9)
     for epoch in range(10):
-        sgd.param_groups[0]["lr"] = 0.3 * 0.1 ** ((epoch >= 6) + (epoch >= 8))
+        drops = sum(1 for milestone in (6, 8) if epoch >= milestone)
+        sgd.param_groups[0]["lr"] = 0.3 * 0.1**drops
         order = np.random.default_rng(epoch).permutation(300)
         for batch in (order[:256], order[256:]):
             sgd.zero_grad()
@@ -1712,7 +1718,7 @@ def test_evaluate_uses_the_features_of_normalized_test_images(few_shapes):
 
 
 def test_an_evaluation_of_a_part_has_images_of_all_classes(few_shapes):
-    """Folders are sorted by class: the first 10,000 images of ImageNet show 8 classes of 1,000."""
+    """Folders are sorted by class: kNN would look at 8 of ImageNet's 1,000 classes."""
     encoder = Encoder(ARCH, image_size=32)
     data = load_data("shapes")
     data.train = data.train.subset(data.train.labels.argsort(stable=True))
@@ -1744,7 +1750,7 @@ def framed_colors(path, rows, columns, side):
 
 
 def test_the_grid_of_neighbors_shows_them_in_order_and_the_right_ones_in_green(tmp_path):
-    """The image of the README would show other images than the nearest, or praise wrong ones."""
+    """The README's grid would show other images than the nearest, or call wrong ones right."""
     pixels = torch.arange(6)[:, None, None, None].repeat(1, 3, 32, 32) * 40
     train_split = Split(pixels=pixels.to(torch.uint8), labels=torch.tensor([0, 1, 0, 1, 0, 1]))
     test_split = train_split.subset([2, 5])
@@ -1753,13 +1759,13 @@ def test_the_grid_of_neighbors_shows_them_in_order_and_the_right_ones_in_green(t
     path = tmp_path / "neighbors.png"
     probe.save_neighbors(path, train_split, test_split, x, x[[2, 5]], 32, k=2)
     grid = np.asarray(Image.open(path))
-    first_row_is_image_2 = grid[50, 50, 0] == 80
-    tiles = grid[50 + 106 * (not first_row_is_image_2), 50::106, 0].tolist()
+    y = 50 if grid[50, 50, 0] == 80 else 156                    # the row of image 2
+    tiles = grid[y, 50::106, 0].tolist()
     assert tiles[:2] == [80, 80], "the image, and itself as the nearest"
     assert tiles[2] in (40, 120)
     for row in framed_colors(path, 2, 3, 32):
         assert row[0] == (255, 255, 255)
-        assert row[1] == (25, 178, 51) or row[1] == (26, 179, 51), "green: the same label"
+        assert row[1][1] > 150 > row[1][0], "green: the same label"
         assert row[2][0] > 200 > row[2][1], "red: another label"
     test_split.labels = None
     probe.save_neighbors(path, train_split, test_split, x, x[[2, 5]], 32, k=2)
@@ -1940,7 +1946,8 @@ def crop_of_file(path, box, boxes):
 
 
 def test_a_large_jpeg_is_decoded_small_without_losing_the_crop(tmp_path):
-    """The decoder may skip work (1/2, 1/4, 1/8); the crop must stay in its place, and sharp."""
+    """The decoder skips work (1/2, 1/4, 1/8); the crop could come from another place, or be
+    blurred."""
     path = tmp_path / "image.jpg"
     x = smooth_images(1, 700, 900)
     write_image(path, x[0], quality=95)
@@ -1973,7 +1980,8 @@ def test_a_large_jpeg_is_decoded_small(tmp_path, monkeypatch):
 
 
 def test_the_test_view_is_the_center_of_the_image(tmp_path):
-    """Resize to 256, cut out 224: of another view no accuracy compares with a published one."""
+    """Of another view than "resize to 256, cut out 224", no accuracy compares with a published
+    one."""
     assert probe.center_box(224)(256, 320) == [(16, 48, 224, 224)]
     assert probe.center_box(32)(30, 40) == [(0, 5, 30, 30)]
     x = smooth_images(1, 300, 400)
@@ -1984,7 +1992,7 @@ def test_the_test_view_is_the_center_of_the_image(tmp_path):
 
 
 def test_shapes_are_the_same_everywhere_and_not_trivial():
-    """The README's table rests on them: raw pixels must not do what a trained network is for."""
+    """The README's table rests on them; if kNN on raw pixels did as well, it would say nothing."""
     data = load_data("shapes")
     assert (len(data.train), len(data.test), len(data.classes)) == (5000, 2000, 20)
     for split, count in ((data.train, 250), (data.test, 100)):
@@ -2077,8 +2085,8 @@ def test_the_recipes_are_those_of_the_tables():
     keys = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "key_momentum", "epochs",
             "batch_size")
 
-    def recipe(name, method, *flags):
-        cfg = make_cfg("--dataset", name, *flags, method=method)
+    def recipe(name, method):
+        cfg = make_cfg("--dataset", *name.split(), method=method)
         return [getattr(cfg, key) for key in keys]
 
     assert recipe("shapes", "seed") == [0.4, 1e-4, 2048, 0.2, 0.05, 0.999, 14, 128]
@@ -2088,13 +2096,10 @@ def test_the_recipes_are_those_of_the_tables():
     assert recipe("cifar100", "seed") == recipe("cifar10", "seed")
     assert recipe("cifar10", "moco") == [0.03, 5e-4, 4096, 0.1, 0.01, 0.99, 200, 256]
     assert recipe("cifar10", "supervised")[:2] == [0.1, 5e-4]
-    small = ("folder", "--image-size", "64")
-    expected = [0.1, 1e-4, 2048, 0.2, 0.05, 0.999, 20, 128]
-    assert recipe(small[0], "seed", *small[1:]) == expected
-    expected = [0.06, 1e-4, 2048, 0.2, 0.01, 0.99, 20, 128]
-    assert recipe(small[0], "moco", *small[1:]) == expected
-    expected = [0.1, 1e-4, 2048, 0.2, 0.01, 0.999, 20, 128]
-    assert recipe(small[0], "supervised", *small[1:]) == expected
+    small = "folder --image-size 64"
+    assert recipe(small, "seed") == [0.1, 1e-4, 2048, 0.2, 0.05, 0.999, 20, 128]
+    assert recipe(small, "moco") == [0.06, 1e-4, 2048, 0.2, 0.01, 0.99, 20, 128]
+    assert recipe(small, "supervised") == [0.1, 1e-4, 2048, 0.2, 0.01, 0.999, 20, 128]
 
 
 def test_help_shows_the_recipe_of_every_data_set(capsys):
@@ -2128,7 +2133,8 @@ def test_help_shows_the_other_defaults(capsys):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    """The schedule belongs to the whole run, wherever it is stopped."""
+    """A rate that is too high at the start makes the loss explode; one that does not fall to 0,
+    or that depends on where a run was stopped, costs accuracy."""
     cfg = make_cfg(*"--epochs 10 --warmup-epochs 2 --lr 0.1 --batch-size 512".split())
     rates = [train.lr_at(step, cfg, 50) for step in range(500)]
     assert rates[0] == pytest.approx(0.2 / 100)
@@ -2195,7 +2201,7 @@ BAD_INPUT = [
 @pytest.mark.parametrize("flags, words", BAD_INPUT)
 def test_bad_input_is_an_error_before_any_training(tmp_path, monkeypatch, few_shapes, flags,
                                                    words):
-    """The mistake would show after hours, or leave a folder that the next run trips over."""
+    """The mistake would show after hours, or leave a folder in which the next run is refused."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=words) as caught:
         train.main(["--device", "cpu", *flags])
@@ -2214,7 +2220,7 @@ def test_numbers_that_may_be_zero_may_be_zero():
 
 def test_workers_are_shared_among_the_processes_of_a_machine(monkeypatch):
     """Eight processes would start eight times as many workers as there are cores."""
-    monkeypatch.setattr(os, "cpu_count", int("12").__int__)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
     assert make_cfg().workers == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert make_cfg().workers == 3
@@ -2300,8 +2306,8 @@ def test_images_from_disk_are_evaluated_by_their_test_view(folder_of_images):
 
 
 def test_a_batch_has_the_planned_images_each_with_its_own_random_numbers(few_shapes):
-    """Two equal views, or the same view in each epoch: MoCo would learn nothing, and its loss
-    would look splendid."""
+    """With two equal views, or the same view in each epoch, MoCo would learn nothing, although its
+    loss would fall."""
     cfg = make_cfg("--batch-size", "16")
     cfg.crop_scale = (0.1, 0.4)
     cfg.blur = True
@@ -2646,7 +2652,7 @@ def record_compiled(monkeypatch):
                                            ("moco", ["encoder", "key_encoder"]),
                                            ("supervised", ["encoder"])])
 def test_compile_compiles_each_network(monkeypatch, few_shapes, quick_encoders, method, names):
-    """One that is left out would set the pace."""
+    """A network that is left out would stay as slow as it was."""
     compiled = record_compiled(monkeypatch)
     data = load_data("shapes", subset=8)
     teacher = SmallNetwork() if method == "seed" else None
@@ -3029,7 +3035,8 @@ def test_a_cache_of_other_embeddings_is_refused(tmp_path, few_shapes, monkeypatc
 
 
 def test_a_cache_for_which_the_disk_is_too_small_is_refused(tmp_path, few_shapes, monkeypatch):
-    """A full disk would kill the run after days; and one that the cache fills itself must do."""
+    """A full disk would kill the run after days; and a disk that is full of this very cache would
+    be refused."""
     data = load_data("shapes", subset=96)
     teacher = SmallNetwork()
     free = argparse.Namespace(free=100)
@@ -3307,7 +3314,7 @@ def test_images_without_labels_are_welcome(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--out", "deep/run"], ["--method", "moco", "--out", "run"]])
 def test_a_run_does_not_write_among_its_images(tmp_path, monkeypatch, flags):
-    """Its own views.png would be a training image the next time."""
+    """The run's own views.png would be a training image the next time."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path, [f"{i}.png" for i in range(20)])
     before = set(tmp_path.iterdir())
@@ -3327,7 +3334,7 @@ def test_a_run_may_lie_beside_a_train_folder(tmp_path, few_shapes):
 
 
 def test_a_run_is_not_the_folder_of_its_images(tmp_path):
-    """Its own views.png would be a training image the next time."""
+    """The run's own views.png would be a training image the next time."""
     write_images(tmp_path, [f"{i}.png" for i in range(20)])
     flags = ["--dataset", "folder", "--data", str(tmp_path), "--image-size", "32", "--batch-size",
              "4", "--out", str(tmp_path)]
@@ -3565,7 +3572,7 @@ def two_ranks(rank, folder):
 
 # ------------------------------------------------------------------------------------ plain code
 def test_the_code_stays_plain():
-    """It is there to be read: long lines and long functions would hide the method."""
+    """Readers would not find the method among long lines and long functions."""
     for name in ("seed.py", "probe.py", "train.py", "test_seed.py"):
         source = (HERE / name).read_text()
         for number, line in enumerate(source.splitlines(), 1):

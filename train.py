@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from probe import (DATASETS, SMALL, Parser, RandomCrops, evaluate, init_distributed,
                    is_main_process, label_use, load_data, main_process_first, one_line, print0,
                    print_table, save_views)
-from seed import (SEED, Encoder, InputError, MoCo, Supervised, augment, load_teacher,
+from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, augment, load_teacher,
                   rank_and_world_size, read_checkpoint, save_encoder, save_file, uniforms)
 
 METHOD_NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
@@ -53,9 +53,9 @@ TO_64_PX = dict(
     image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, lr=0.1, queue_size=2048,
     eval_every=5, teacher_arch="resnet18", teacher_epochs=12)
 RECIPES = {
-    "shapes": {**TO_64_PX, **dict(epochs=14, teacher_epochs=8, teacher_method="supervised")},
-    "cifar": {**TO_64_PX, **dict(small_images=True, epochs=200, warmup_epochs=5, batch_size=256,
-                                 queue_size=4096, eval_every=20, teacher_epochs=200)},
+    "shapes": dict(TO_64_PX, epochs=14, teacher_epochs=8, teacher_method="supervised"),
+    "cifar": dict(TO_64_PX, small_images=True, epochs=200, warmup_epochs=5, batch_size=256,
+                  queue_size=4096, eval_every=20, teacher_epochs=200),
     "folder, to 64 px": TO_64_PX,
     "imagenet, folder": {},
 }
@@ -68,10 +68,10 @@ METHOD_CHANGES = {
     ("folder, to 64 px", "seed"): dict(tau_t=0.05),
     ("folder, to 64 px", "moco"): dict(lr=0.06, key_momentum=0.99),
 }
-OF_THE_METHOD = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim",
-                 "view_epochs")                 # flags that its teacher and rivals do not take over
-MAY_CHANGE = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps", "compare",
-              "compile", "teacher_cache", "profile")            # when a run goes on
+NOT_INHERITED = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim",
+                 "view_epochs")                                 # flags of --method alone
+MAY_CHANGE_ON_RESUME = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps",
+                        "compare", "compile", "teacher_cache", "profile")
 MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed")
 
 
@@ -129,7 +129,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("the run").add_argument
     flag("--out", metavar="DIR", help="its folder; default: runs/DATASET-METHOD-ARCH")
     flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-         help="of the networks; auto: bf16 or fp16 on a GPU, fp32 on a CPU (a teacher may be bf16)")
+         help="of the networks; auto: bf16 or fp16 on CUDA, else fp32 (a teacher may be bf16)")
     flag("--compile", action="store_true", help="torch.compile the networks; pays in long runs")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--eval-every", type=int, help="epochs from one kNN evaluation to the next; 0: none")
@@ -150,11 +150,11 @@ def recipe_table():
 
 def make_config(args, method, **changes):
     """All settings of one stage: the defaults, the flags, `changes`."""
-    settings = {**vars(args), **defaults(recipe_of(args.dataset, args.image_size), method)}
-    for key, value in vars(args).items():
-        if value is not None and (method == args.method or key not in OF_THE_METHOD):
-            settings[key] = value
-    cfg = argparse.Namespace(**{**settings, "method": method, **changes})
+    given = {key: value for key, value in vars(args).items()
+             if value is not None and (method == args.method or key not in NOT_INHERITED)}
+    recipe = recipe_of(args.dataset, args.image_size)           # below, the later ones win
+    cfg = argparse.Namespace(**{**vars(args), **defaults(recipe, method), **given,
+                                "method": method, **changes})
     for key, value in vars(cfg).items():
         least = "at least" if key in MAY_BE_ZERO else "above"
         is_number = type(value) in (int, float)
@@ -198,8 +198,8 @@ def samples_of_step(step, num_images, cfg, rank=0, world_size=1):
 
 
 def images_in_memory(split, cfg, device, num_views, planned):
-    """For each planned (epoch, samples [B]): these, and for each view uint8 [B, 3, H, W]. Decoded
-    images lie on the device, and a batch is an index."""
+    """Yield epoch, samples [B] and, for each view, uint8 [B, 3, H, W], as planned. Decoded images
+    lie on the device, and a batch is an index."""
     pixels = split.pixels.to(device)
     for epoch, samples in planned:
         index = torch.from_numpy(samples).to(device, non_blocking=True)
@@ -222,18 +222,18 @@ def batches(split, cfg, device, num_views, steps):
     planned = (samples_of_step(step, len(split), cfg, *rank_and_world_size()) for step in steps)
     on_disk = split.pixels is None
     read = images_from_disk if on_disk else images_in_memory
-    images = read(split, cfg, device, num_views, planned)
+    reader = read(split, cfg, device, num_views, planned)
     scale = None if on_disk else cfg.crop_scale                 # from disk they are crops already
     for _ in steps:
         start = time.perf_counter()
         with record_function("reading"):
-            epoch, samples, sources = next(images)
+            epoch, samples, images = next(reader)
         views = []
         with record_function("augmentation"):
-            for number, source in enumerate(sources):
-                u = uniforms(cfg.seed, epoch, samples, number)
-                view = augment(source, u, cfg.image_size, scale, cfg.blur)
-                views.append(view.contiguous(memory_format=torch.channels_last))
+            for view, pixels in enumerate(images):
+                u = uniforms(cfg.seed, epoch, samples, view)
+                x = augment(pixels, u, cfg.image_size, scale, cfg.blur)
+                views.append(x.contiguous(memory_format=torch.channels_last))
         labels = split.labels
         if labels is not None:
             labels = labels[samples].to(device, non_blocking=True)
@@ -248,8 +248,8 @@ def build(cfg, data, device, teacher=None):
     if cfg.method == "seed":
         method = SEED(encoder, teacher, cfg.queue_size, cfg.tau_s, cfg.tau_t)
     elif cfg.method == "moco":
-        images = cfg.batch_size // rank_and_world_size()[1]
-        bn_splits = max(1, min(8, images // 32))                # parts of about 32 images
+        per_process = cfg.batch_size // rank_and_world_size()[1]
+        bn_splits = max(1, min(8, per_process // 32))           # parts of about 32 images
         method = MoCo(encoder, cfg.queue_size, cfg.key_momentum, cfg.tau_s, bn_splits)
     else:
         method = Supervised(encoder, len(data.classes))
@@ -259,7 +259,7 @@ def build(cfg, data, device, teacher=None):
 def compile_and_distribute(method, cfg):
     """The method as the loop calls it: compiled if asked for, gradients averaged over processes."""
     for network in method.children():
-        if cfg.compile and hasattr(network, "dim"):             # not the queue
+        if cfg.compile and not isinstance(network, FeatureQueue):
             network.compile()
     if not dist.is_initialized():
         return method
@@ -297,8 +297,8 @@ def lr_at(step, cfg, steps_per_epoch):
 def train(cfg, data, device, teacher=None):
     """Train one network by `cfg.method`, from where its folder was left; returns the seconds."""
     encoder, method = build(cfg, data, device, teacher)
-    weights = [p for p in method.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(weights, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
     dtype = network_dtype(cfg, device)
     target_dtype = network_dtype(cfg, device, frozen=cfg.method == "seed")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -313,12 +313,13 @@ def train(cfg, data, device, teacher=None):
     model = compile_and_distribute(method, cfg)
     clock = Clock(seconds)
     rank, world_size = rank_and_world_size()
-    steps = range(first_step, last_step)
-    for step, batch in zip(steps, batches(data.train, cfg, device, method.views_per_image, steps)):
+    steps = range(first_step, last_step)                        # of all epochs that are left
+    loader = batches(data.train, cfg, device, method.views_per_image, steps)
+    for step, batch in zip(steps, loader):
         lr = lr_at(step, cfg, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # For dropout and MoCo's shuffle: other numbers in each step, process and run.
+        # Reseeded in each step, so that a resumed run draws the same (dropout, MoCo's shuffle).
         torch.manual_seed(((cfg.seed * 2**32 + step) * world_size + rank) % 2**63)
         with record_function("teacher"), autocast(device, target_dtype):
             targets = cache.targets(batch) if cache else method.targets(batch.views, batch.labels)
@@ -341,9 +342,9 @@ def train(cfg, data, device, teacher=None):
             row = dict(step=steps_done, epoch=steps_done / steps_per_epoch, lr=lr)
             values = {"loss": loss, **method.diagnostics(outputs, targets)}
             row.update(mean_of_ranks(values, steps_done))       # waits for the device
-            row.update(clock.lap(cfg.batch_size), knn=None)
         method.after_step(targets)                              # only now the queue moves on
         if should_log and is_main_process():
+            row.update(clock.lap(cfg.batch_size), knn=None)
             if data.has_labels and cfg.eval_every and row["epoch"] % cfg.eval_every == 0:
                 scores, _ = evaluate(encoder, data, device, cfg.workers, KNN_LIMIT, linear=False)
                 row["knn"] = scores["knn"]
@@ -393,7 +394,7 @@ class Clock:
 # ------------------------------------------------------------------------------ what stays on disk
 def run_identity(cfg, data):
     """What makes a run this run and no other: its settings and data."""
-    settings = {key: value for key, value in vars(cfg).items() if key not in MAY_CHANGE}
+    settings = {key: value for key, value in vars(cfg).items() if key not in MAY_CHANGE_ON_RESUME}
     return {**settings, "data_fingerprint": data.fingerprint}
 
 
@@ -416,8 +417,8 @@ def read_last(out, identity):
     path = Path(out, "last.pt")
     if not path.exists():
         if Path(out, "encoder.pt").exists():
-            raise InputError(f"{out} holds an encoder.pt but no last.pt to resume from; name "
-                             "another --out, or delete it")
+            raise InputError(f"{out} holds an encoder.pt but no last.pt to resume from (was a run "
+                             "cut off in its first save?); name another --out, or delete it")
         return None
     saved = read_checkpoint(path)
     if not isinstance(saved.get("identity"), dict):             # also the first version's
@@ -516,7 +517,7 @@ class TeacherCache:
         shape = (epochs, len(data.train), method.teacher.dim)
         with main_process_first():
             path.mkdir(parents=True, exist_ok=True)
-            if not any(path.iterdir()):
+            if not (path / "z.float32").exists():
                 save_file(path / "fingerprint.pt", current)
             other = differences(read_checkpoint(path / "fingerprint.pt"), current)
             (path / "z.float32").touch()
@@ -541,18 +542,18 @@ class TeacherCache:
 def fit_to_data(cfg, data):
     """Refuse what cannot work before anything is trained; shorten a queue that is too long."""
     world_size = rank_and_world_size()[1]
-    images = len(data.train)
-    if cfg.batch_size > images:
-        raise InputError(f"--batch-size {cfg.batch_size}: there are {images:,} training images")
+    num_images = len(data.train)
+    if cfg.batch_size > num_images:
+        raise InputError(f"--batch-size {cfg.batch_size}: there are {num_images:,} training images")
     if cfg.batch_size % world_size or cfg.batch_size < 2 * world_size:
         raise InputError(f"--batch-size {cfg.batch_size} must be a multiple of the {world_size} "
                          "processes, with 2 images each at least")
     if cfg.method == "supervised" and not data.classes:
         raise InputError(f"training with labels needs them, and {cfg.data} has none; use class "
                          "folders, or --teacher-method moco")
-    if cfg.queue_size > images and cfg.method != "supervised" and not cfg.profile:
-        print0(f"note: the queue of {cfg.queue_size:,} is cut to the {images:,} images")
-        cfg.queue_size = images
+    if cfg.queue_size > num_images and cfg.method != "supervised" and not cfg.profile:
+        print0(f"note: the queue of {cfg.queue_size:,} is cut to the {num_images:,} images")
+        cfg.queue_size = num_images
     folder = Path(cfg.data).resolve()
     out = Path(cfg.out).resolve()
     is_flat = cfg.dataset == "folder" and not (folder / "train").is_dir()
@@ -607,9 +608,8 @@ def train_teacher(args, cfg, data, device):
 def print_settings(cfg, data):
     """Print the settings of a stage, and the loss of chance."""
     settings = {key: value for key, value in sorted(vars(cfg).items()) if value is not None}
-    for key in ("method", "arch", "out", "compare", "profile", "data", "dataset"):
-        settings.pop(key, None)                                 # said elsewhere
-    words = [f"{key}={value}" for key, value in settings.items()]
+    said = ("method", "arch", "out", "compare", "profile", "data", "dataset")
+    words = [f"{key}={value}" for key, value in settings.items() if key not in said]
     print0(textwrap.fill(" ".join(words), 98, initial_indent="  ", subsequent_indent="  "))
     entries = len(data.classes) if cfg.method == "supervised" else cfg.queue_size + 1
     print0(f"  chance among {entries:,} entries: a loss of {math.log(entries):.2f}")
@@ -652,7 +652,7 @@ def main(argv=None):
         data = load_data(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
     print0(f"{data}; {rank_and_world_size()[1]} process(es), networks in "
            f"{network_dtype(cfg, device)} on {device.type}")
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)             # below: a network that cannot be used fails early
     untrained = Encoder(cfg.arch, cfg.dim, cfg.hidden_dim, cfg.small_images, cfg.image_size)
     rows = [dict(name=f"{cfg.arch}, untrained", encoder=untrained, seconds=None)]
     students = [cfg]
