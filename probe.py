@@ -389,7 +389,7 @@ def knn(train_x, train_y, test_x, test_y, k=10):
 def fit_linear(x, y, classes, rates, epochs=100, batch_size=256):
     """Linear layers that read y [N] off x [N, feature_dim], one for each learning rate.
 
-    The paper's probe: SGD, momentum 0.9, no weight decay, 100 epochs, rate x 0.1 at 60 and 80."""
+    The authors' probe: SGD, momentum 0.9, no weight decay, 100 epochs, rate x 0.1 at 60 and 80."""
     layers = [nn.Linear(x.shape[1], classes).to(x.device) for _ in rates]
     for layer in layers:
         nn.init.zeros_(layer.weight)

@@ -25,13 +25,13 @@ Letters in shapes (a line that changes a tensor's shape ends in the new one):
 
 Departures ("-": we could not check what the paper says):
 
-                  paper                  authors' code           here
-    tau_t         -                      1e-4                    0.01, as in a re-implementation
-    enqueue       -                      before backward, so     after backward: the same numbers,
-                                         the queue is cloned     and no clone is needed
-    color jitter  -                      in random order         in one fixed order
-    crop box      -                      on whole pixels         between pixels, too
-    small crops   for its best results   yes                     not yet
+                  paper   authors' code                 here
+    tau_t         -       1e-4                          0.01, as in a re-implementation
+    enqueue       -       before backward, so the       after backward: the same numbers, and no
+                          queue is cloned               clone is needed
+    color jitter  -       in random order               in one fixed order
+    crop box      -       on whole pixels               between pixels, too
+    small crops   -       yes, for the best results     not yet
 
 The training loop is `train` in train.py; data sets and evaluation are in probe.py. This file needs
 neither: `python seed.py` trains a toy in a few seconds.
@@ -179,7 +179,7 @@ def concat_all_gather(x):
 
 
 class FeatureQueue(nn.Module):
-    """The last `size` embeddings, first in, first out (paper: K = 65,536).
+    """The last `size` embeddings, first in, first out (authors' code: K = 65,536).
 
     Why embeddings of the teacher? It is frozen, so an entry never goes stale, and the queue may be
     long. The student's own would be those of an earlier, worse student. (MoCo, which has no frozen
@@ -413,7 +413,7 @@ class Supervised(nn.Module):
 class Encoder(nn.Module):
     """A torchvision classification network with a projection head in place of its last Linear.
 
-    The head is the paper's: Linear, ReLU, Linear, then L2 normalization; input and hidden layer as
+    The head is the authors': Linear, ReLU, Linear, then L2 normalization; input and hidden layer as
     wide as the replaced layer's input, which is 512 for ResNet-18, 1280 for MobileNet-V3-Large.
 
     Args: arch: name of a torchvision classification network, such as "mobilenet_v3_large".

@@ -120,7 +120,7 @@ def parse_args(argv=None):
     flag("--max-steps", type=int, help="end each stage after so many; the schedule stays the same")
     flag("--batch-size", type=int, help="images a step, over all processes")
     flag("--lr", type=float, help="learning rate for a batch of 256; scaled by batch/256")
-    flag("--weight-decay", type=float, help="on all weights, as in the paper")
+    flag("--weight-decay", type=float, help="on all weights, as in the authors' code")
     flag("--warmup-epochs", type=float, help="of linear warm-up; raise it if the loss explodes")
     flag("--queue-size", type=int, metavar="K", help="about 5%% of the data does; at most all")
     flag("--tau-s", type=float, help="the student's temperature, and MoCo's")
