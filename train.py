@@ -198,8 +198,7 @@ def samples_of_step(step, num_images, cfg, rank=0, world_size=1):
 
 
 def images_in_memory(split, cfg, device, num_views, planned):
-    """Yield epoch, samples [B] and, for each view, uint8 [B, 3, H, W], as planned. Decoded images
-    lie on the device, and a batch is an index."""
+    """Yield epoch, samples [B] and, for each view, uint8 [B, 3, H, W], which lie on the device."""
     pixels = split.pixels.to(device)
     for epoch, samples in planned:
         index = torch.from_numpy(samples).to(device, non_blocking=True)
@@ -280,7 +279,6 @@ def network_dtype(cfg, device, frozen=False):
 
 
 def autocast(device, dtype):
-    """The block in which networks compute in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -608,15 +606,17 @@ def train_teacher(args, cfg, data, device):
 def print_settings(cfg, data):
     """Print the settings of a stage, and the loss of chance."""
     settings = {key: value for key, value in sorted(vars(cfg).items()) if value is not None}
-    said = ("method", "arch", "out", "compare", "profile", "data", "dataset")
-    words = [f"{key}={value}" for key, value in settings.items() if key not in said]
-    print0(textwrap.fill(" ".join(words), 98, initial_indent="  ", subsequent_indent="  "))
+    for key in ("method", "arch", "out", "compare", "profile", "data", "dataset"):
+        settings.pop(key, None)                                 # said elsewhere
+    text = " ".join(f"{key}={value}" for key, value in settings.items())
+    print0(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
     entries = len(data.classes) if cfg.method == "supervised" else cfg.queue_size + 1
     print0(f"  chance among {entries:,} entries: a loss of {math.log(entries):.2f}")
 
 
 def profile(cfg, data, device, teacher):
     """Time some real steps by torch.profiler, in a folder that is thrown away; leave the trace."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")             # its log lines say nothing here
     profiler = torch.profiler.profile()
     with tempfile.TemporaryDirectory() as folder, profiler:
         settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0,
