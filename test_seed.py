@@ -3131,6 +3131,20 @@ def test_a_run_resumes_or_says_that_it_is_finished_and_refuses_other_settings(qu
     assert encoder.used_labels is True
 
 
+def test_a_teacher_that_cannot_take_the_images_is_refused_before_training(monkeypatch):
+    """A vision transformer of 224 px would fail in the first step of a student at 32 px."""
+    teacher = Encoder(ARCH, image_size=64)
+
+    def refuse(image_size):
+        raise InputError(f"not at {image_size} px")
+
+    monkeypatch.setattr(teacher, "check_image_size", refuse)
+    monkeypatch.setattr(train, "load_teacher", lambda path, arch: teacher)
+    args = train.parse_args(["--teacher", "teacher.pt", "--device", "cpu"])
+    with pytest.raises(InputError, match="not at 32 px"):
+        train.get_teacher(args, train.make_config(args, "seed"), None, CPU)
+
+
 def test_a_teacher_is_trained_once_and_kept_under_what_made_it(quick, capsys):
     """A kept teacher of another recipe or seed would spoil a comparison without a word."""
     flags = ["--arch", ARCH, "--teacher-arch", ARCH, "--max-steps", "2", *TINY]
