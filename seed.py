@@ -151,13 +151,9 @@ def seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
     p_t = similarity_logits(z_t, z_t, queue, tau_t).softmax(dim=1)             # [B, 1+K]
     p_s = similarity_logits(z_s, z_t, queue, tau_s).softmax(dim=1)             # [B, 1+K]
     entropy = torch.special.entr(p_t).sum(dim=1).mean()
-    return {
-        "kl": loss - entropy,
-        "entropy": entropy,
-        "loss_of_a_copy": loss_of_a_copy,
-        "self_prob": p_t[:, 0].mean(),
-        "top1_agreement": (p_s.argmax(dim=1) == 0).float().mean(),
-    }
+    agreement = (p_s.argmax(dim=1) == 0).float().mean()
+    return dict(kl=loss - entropy, entropy=entropy, loss_of_a_copy=loss_of_a_copy,
+                self_prob=p_t[:, 0].mean(), top1_agreement=agreement)
 
 
 # ------------------------------------------------------------------------------------ 2. the queue
@@ -287,7 +283,7 @@ class SEED(nn.Module):
     def diagnostics(self, z_s, z_t):
         """See `seed_diagnostics`; and how far the queue is filled."""
         values = seed_diagnostics(z_s, z_t, self.queue.features, self.tau_s, self.tau_t)
-        return {**values, "queue_filled": self.queue.filled}
+        return dict(values, queue_filled=self.queue.filled)
 
     def after_step(self, z_t):
         """Enqueue z_t; after `backward`, which still needs the old entries (autograd would stop:
@@ -366,7 +362,7 @@ class MoCo(nn.Module):
         """top1_agreement: share of queries most similar to their own key; queue_filled."""
         logits = similarity_logits(query, key, self.queue.features, self.tau)     # [B, 1+K]
         agreement = (logits.argmax(dim=1) == 0).float().mean()
-        return {"top1_agreement": agreement, "queue_filled": self.queue.filled}
+        return dict(top1_agreement=agreement, queue_filled=self.queue.filled)
 
     @torch.no_grad()
     def after_step(self, key):
@@ -403,7 +399,7 @@ class Supervised(nn.Module):
 
     def diagnostics(self, logits, labels):
         """top1_agreement: accuracy on the batch."""
-        return {"top1_agreement": (logits.argmax(dim=1) == labels).float().mean()}
+        return dict(top1_agreement=(logits.argmax(dim=1) == labels).float().mean())
 
     def after_step(self, labels):
         """Nothing moves but the weights."""
@@ -567,11 +563,10 @@ def from_published(file, path, teacher):
     published = file.get("state_dict", file.get("model", file))
     if not isinstance(published, dict) or not all(isinstance(key, str) for key in published):
         raise InputError(f"{path} is not a checkpoint: expected a dict of weights")
+    prefix = "module." if all(key.startswith("module.") for key in published) else ""
     is_moco = any(key.startswith("module.encoder_q.") for key in published)
     if is_moco:
         prefix = "module.encoder_q."
-    else:
-        prefix = "module." if all(key.startswith("module.") for key in published) else ""
     last_layer = f"{prefix}{teacher.last_layer}."                       # in MoCo: its head
     weights = {}
     for key, value in published.items():

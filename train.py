@@ -650,8 +650,8 @@ def main(argv=None):
     device = init_distributed(args.device)
     with main_process_first():
         data = load_data(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
-    print0(f"{data}; {rank_and_world_size()[1]} process(es), networks in "
-           f"{network_dtype(cfg, device)} on {device.type}")
+    print0(f"{data}; {rank_and_world_size()[1]} process(es) on {device.type}, networks in "
+           f"{network_dtype(cfg, device)}, frozen: {network_dtype(cfg, device, frozen=True)}")
     torch.manual_seed(cfg.seed)             # below: a network that cannot be used fails early
     untrained = Encoder(cfg.arch, cfg.dim, cfg.hidden_dim, cfg.small_images, cfg.image_size)
     rows = [dict(name=f"{cfg.arch}, untrained", encoder=untrained, seconds=None)]
