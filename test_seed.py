@@ -20,6 +20,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1847,6 +1848,8 @@ def test_a_folder_may_have_no_labels(tmp_path):
     assert data.classes == []
     assert data.train.labels is data.test.labels is None
     assert (len(data.train), len(data.test)) == (19, 2)
+    write_images(tmp_path / "c", ["train/x/1.png", "train/y/1.png", "val/1.png"])
+    assert not load_data("folder", tmp_path / "c", 16).has_labels, "no label of a test image"
     write_images(tmp_path / "b", [f"only/{i}.png" for i in range(4)])
     assert not load_data("folder", tmp_path / "b", 16).has_labels, "one class is no label"
 
@@ -1863,10 +1866,8 @@ def test_a_folder_is_the_same_data_set_wherever_it_is_named_from(tmp_path, monke
     image = Image.new("RGB", (40, 30), (1, 2, 3))
     image.save(tmp_path / "a" / "x" / "0.png")
     assert load_data("folder", ".", 16).fingerprint != load_data("folder", ".", 80).fingerprint
-    changed = load_data("folder", ".", 16).fingerprint
-    image.save(tmp_path / "a" / "x" / "new.png")
+    os.rename("x/0.png", "x/new.png")
     assert load_data("folder", ".", 80).fingerprint != here, "another name"
-    assert load_data("folder", ".", 16).fingerprint != changed
 
 
 def test_pixels_and_labels_are_part_of_the_fingerprint(few_shapes, monkeypatch):
@@ -1880,6 +1881,16 @@ def test_pixels_and_labels_are_part_of_the_fingerprint(few_shapes, monkeypatch):
 
         monkeypatch.setattr(probe, "draw_shapes", draw_changed_shapes)
         assert load_data("shapes").fingerprint != before
+
+
+def test_small_images_are_decoded_once_and_large_ones_are_not(tmp_path):
+    """ImageNet would be read into memory; or images of 32 px would be decoded in each epoch."""
+    write_images(tmp_path, [f"{i}.png" for i in range(4)])
+    assert load_data("folder", tmp_path, 64).train.pixels.shape == (3, 3, 64, 64)
+    assert load_data("folder", tmp_path, 65).train.pixels is None
+    assert load_data("folder", tmp_path).image_size == 224
+    sizes = [probe.native_size(name) for name in probe.DATASETS]
+    assert sizes == [32, 32, 32, 224, 224]
 
 
 def test_sixteen_bits_of_gray_are_scaled_and_not_clipped(tmp_path):
@@ -2722,15 +2733,24 @@ def test_a_row_of_the_log_has_the_numbers_of_its_step(quick, monkeypatch, teache
     of the training."""
     losses = []
     copies = []
+    seen = []
     loss = SEED.loss
+    diagnostics = SEED.diagnostics
+
+    def checked(self, z_s, z_t):
+        assert torch.equal(z_s, seen[0])
+        assert torch.equal(z_t, seen[1])
+        return diagnostics(self, z_s, z_t)
 
     def recorded(self, z_s, z_t):
+        seen[:] = [z_s, z_t]
         losses.append(loss(self, z_s, z_t).item())
         queue = self.queue.features
         copies.append(seed_loss(z_t, z_t, queue, self.tau_s, self.tau_t).item())
         return loss(self, z_s, z_t)
 
     monkeypatch.setattr(SEED, "loss", recorded)
+    monkeypatch.setattr(SEED, "diagnostics", checked)
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     flags = ["--arch", ARCH, "--teacher", teacher_file, *TINY, "--queue-size", "80"]
     train.main([*flags, "--out", "run"])
@@ -3072,12 +3092,13 @@ STAGES = ["reading", "augmentation", "loss", "teacher", "student", "backward", "
 
 @pytest.mark.parametrize("method, place", [("seed", "memory"), ("moco", "memory"),
                                            ("supervised", "memory"), ("seed", "disk")])
-def test_a_profile_times_each_part_and_leaves_no_run_behind(quick, capsys, folder_of_images,
-                                                            method, place):
+def test_a_profile_times_each_part_and_leaves_no_run_behind(quick, capsys, monkeypatch,
+                                                            folder_of_images, method, place):
     """The table would not add up, or miss a part; or the next run would resume from the profile."""
     arch = "resnet18"                                           # few layers: few events
     flags = ["--profile", "--method", method, "--arch", arch, "--teacher-arch", arch, *TINY,
-             *"--subset 20 --batch-size 4 --epochs 1 --compare".split()]
+             *"--subset 20 --batch-size 4 --epochs 1 --compare --eval-every 1".split()]
+    monkeypatch.setattr(train, "evaluate", None)                # an evaluation is no part of a step
     if method == "seed":
         flags += ["--teacher-cache", "cache"]
     if place == "disk":
@@ -3165,8 +3186,8 @@ def test_a_teacher_is_trained_once_and_kept_under_what_made_it(quick, capsys):
     assert len(list(teachers.iterdir())) == 4
     student = load_teacher("a/encoder.pt")
     assert student.used_labels is True
-    assert "SEED, 0.333 epochs on shapes, teacher: " in student.provenance
-    assert f"teacher: {ARCH}, supervision, 0.333 epochs on shapes" in student.provenance
+    assert "SEED, 0.3333 epochs on shapes, teacher: " in student.provenance
+    assert f"teacher: {ARCH}, supervision, 0.3333 epochs on shapes" in student.provenance
     assert load_teacher("c/encoder.pt").used_labels is False
 
 
@@ -3178,6 +3199,14 @@ def test_a_student_takes_its_teachers_dim(quick, teacher_file):
     assert not Path("run").exists()
     train.main([*flags, "--dim", "32"])
     assert load_teacher("run/encoder.pt").dim == 32
+
+
+def test_a_teacher_is_used_at_the_size_of_the_run(quick, teacher_file):
+    """The table would show the teacher's accuracy on images of another size than the student's;
+    and a teacher that cannot take images of this size would fail in the first step."""
+    args = train.parse_args(["--teacher", teacher_file, "--image-size", "40"])
+    teacher, _ = train.get_teacher(args, train.make_config(args, "seed"), None, CPU)
+    assert teacher.image_size == 40
 
 
 def test_the_papers_setting_runs_on_large_images(tmp_path, monkeypatch, folder_of_images, capsys):
@@ -3285,6 +3314,15 @@ def test_compare_trains_the_same_network_by_the_other_methods(tmp_path, monkeypa
         assert load_teacher(f"run/{method}/encoder.pt").arch == ARCH
 
 
+def test_a_folder_that_a_rival_cannot_use_is_an_error_before_any_training(quick, teacher_file):
+    """The student would be trained for days before the error."""
+    Path("run/moco").mkdir(parents=True)
+    Path("run/moco/encoder.pt").touch()
+    with pytest.raises(InputError, match="run/moco holds an encoder.pt but no last.pt"):
+        train.main([*TINY, "--arch", ARCH, "--teacher", teacher_file, "--compare", "--out", "run"])
+    assert os.listdir("run") == ["moco"]
+
+
 def test_probe_evaluates_an_untrained_network_too(tmp_path, monkeypatch, few_shapes, capsys):
     """Without that row nobody could tell what an accuracy means."""
     monkeypatch.chdir(tmp_path)
@@ -3296,6 +3334,10 @@ def test_probe_evaluates_an_untrained_network_too(tmp_path, monkeypatch, few_sha
     assert found["used_labels"] is False
     assert "200 training" in found["data"]
     assert Path("here/neighbors.png").exists()
+    path = Path("encoder.pt")
+    save_encoder(path, Encoder(ARCH, image_size=32), "a test", False)
+    assert probe.load_encoder(probe.parse_args([str(path)])).image_size == 32
+    assert probe.load_encoder(probe.parse_args([str(path), "--image-size", "48"])).image_size == 48
     one = probe.load_encoder(probe.parse_args([f"random:{ARCH}"]))
     again = probe.load_encoder(probe.parse_args([f"random:{ARCH}"]))
     other = probe.load_encoder(probe.parse_args([f"random:{ARCH}", "--seed", "1"]))
@@ -3321,9 +3363,11 @@ def test_images_without_labels_are_welcome(tmp_path, monkeypatch, capsys):
     assert (out / "neighbors.png").exists()
     probe.main([str(out / "encoder.pt"), "--dataset", "folder", "--data", "p", "--device", "cpu"])
     assert "no labels, so no accuracy" in capsys.readouterr().out
-    with pytest.raises(InputError, match="training with labels needs them, and p has none"):
-        train.main(["--dataset", "folder", "--data", "p", "--image-size", "32", "--batch-size",
-                    "8", "--arch", ARCH, "--method", "supervised", "--device", "cpu"])
+    for flags in (["--method", "supervised"], ["--teacher-method", "supervised"]):
+        with pytest.raises(InputError, match="training with labels needs them, and p has none"):
+            train.main(["--dataset", "folder", "--data", "p", "--image-size", "32", "--batch-size",
+                        "8", "--arch", ARCH, "--device", "cpu", "--out", "other", *flags])
+    assert not Path("other").exists()
 
 
 @pytest.mark.parametrize("flags", [[], ["--out", "deep/run"], ["--method", "moco", "--out", "run"]])
@@ -3575,6 +3619,7 @@ def two_ranks(rank, folder):
     except InputError as error:
         result["refused"] = str(error).split(";")[0]
     with probe.main_process_first():
+        time.sleep(0 if rank else 0.5)
         with open(f"{folder}/order", "a") as file:
             file.write(f"{rank} ")
     dist.barrier()

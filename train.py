@@ -487,7 +487,7 @@ class RunFolder:
 
     def save(self, steps_done, epochs, seconds):
         """Write encoder.pt, then last.pt: a run that calls itself finished has its encoder."""
-        provenance = f"{METHOD_NAMES[self.cfg.method]}, {epochs:.3g} epochs on {self.data.name}"
+        provenance = f"{METHOD_NAMES[self.cfg.method]}, {epochs:.4g} epochs on {self.data.name}"
         used_labels = self.cfg.method == "supervised"
         if self.teacher:
             provenance += f", teacher: {self.teacher.provenance}"
