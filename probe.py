@@ -12,6 +12,7 @@ rate on a part of the *training* images that it holds out. The test images choos
 Letters in shapes as in seed.py; and N, M images of a split, V views of an image.
 """
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -32,10 +33,12 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 
 from seed import (IMAGENET_MEAN, IMAGENET_STD, Encoder, InputError, augment, crop_box, load_teacher,
-                  normalize, to_float, uniforms)
+                  normalize, rank_and_world_size, save_file, to_float, uniforms)
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 SMALL = 64                      # images up to so many pixels a side are decoded once and kept,
@@ -210,18 +213,18 @@ def number_labels(folders, classes):
     return torch.tensor([number[folder] for folder in folders], dtype=torch.long)
 
 
-def read_crops(path, size, choose_boxes):
-    """Open one image and cut out of it: uint8 [V, 3, size, size].
+def read_crops(path, sizes, choose_boxes):
+    """Open one image and cut crops out of it: a list of uint8 [3, size, size], one for each size.
 
-    `choose_boxes(height, width)` names the V boxes, rows of (top, left, height, width) in pixels.
+    `choose_boxes(height, width)` names their boxes, rows of (top, left, height, width) in pixels.
     Pillow resizes each straight out of the image, and decodes a JPEG at 1/2, 1/4 or 1/8 where that
     is still fine enough. Raises: InputError naming the file if it cannot be read."""
     try:
         with Image.open(path) as image:
             width, height = image.size
             boxes = choose_boxes(height, width)
-            smallest = min(min(h, w) for _, _, h, w in boxes)
-            image.draft("RGB", (int(width * size / smallest), int(height * size / smallest)))
+            zoom = max(size / min(h, w) for size, (_, _, h, w) in zip(sizes, boxes))
+            image.draft("RGB", (int(width * zoom), int(height * zoom)))
             scale_x = image.width / width
             scale_y = image.height / height
             if image.mode.startswith("I"):                      # 16 bits of gray: convert() clips
@@ -229,13 +232,14 @@ def read_crops(path, size, choose_boxes):
             if image.mode != "RGB":
                 image = image.convert("RGB")
             crops = []
-            for top, left, h, w in boxes:
+            for size, (top, left, h, w) in zip(sizes, boxes):
                 corners = (left * scale_x, top * scale_y, (left + w) * scale_x, (top + h) * scale_y)
                 crop = image.resize((size, size), Image.Resampling.BILINEAR, box=corners)
-                crops.append([np.asarray(channel) for channel in crop.split()])
+                pixels = np.array([np.asarray(channel) for channel in crop.split()])
+                crops.append(torch.from_numpy(pixels))          # [3, size, size]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"cannot read the image {path} ({e}); replace or remove it") from None
-    return torch.from_numpy(np.array(crops))
+    return crops
 
 
 def center_box(size):
@@ -252,30 +256,107 @@ def center_box(size):
 def decode(files, size):
     """The central squares of all files at once: uint8 [N, 3, size, size]."""
     with ThreadPoolExecutor() as pool:
-        crops = pool.map(lambda file: read_crops(file, size, center_box(size)), files)
-        return torch.cat(list(crops))
+        crops = pool.map(lambda file: read_crops(file, [size], center_box(size))[0], files)
+        return torch.stack(list(crops))
 
 
-class RandomCrops(Dataset):
-    """Files as random crops, for a DataLoader. Item (epoch, index) -> uint8 [V, 3, S, S], epoch,
-    index; the V boxes depend on (seed, epoch, index) alone. views = 0: the test view."""
+class Crops(Dataset):
+    """Files as crops, for a DataLoader. Item (epoch, index) -> a list of uint8 [3, S, S], epoch,
+    index. `views`: side and crop scale of each; scale None: the test view. The boxes depend on
+    (seed, epoch, index) and the view's number alone."""
 
-    def __init__(self, files, size, views=0, seed=0, scale=(0.2, 1.0)):
+    def __init__(self, files, views, seed=0):
         self.files = np.array([os.fsencode(file) for file in files])    # one block for all workers
-        self.size = size
         self.views = views
         self.seed = seed
-        self.scale = scale
 
     def __getitem__(self, item):
         epoch, index = item
 
-        def random_boxes(height, width):
-            rows = [uniforms(self.seed, epoch, [index], view) for view in range(self.views)]
-            return crop_box(torch.cat(rows), height, width, self.scale).tolist()
+        def choose_boxes(height, width):
+            boxes = []
+            for view, (size, scale) in enumerate(self.views):
+                if scale is None:
+                    boxes += center_box(size)(height, width)
+                else:
+                    u = uniforms(self.seed, epoch, [index], view)
+                    boxes += crop_box(u, height, width, scale).tolist()
+            return boxes
 
-        choose_boxes = random_boxes if self.views else center_box(self.size)
-        return read_crops(os.fsdecode(self.files[index]), self.size, choose_boxes), epoch, index
+        sizes = [size for size, _ in self.views]
+        return read_crops(os.fsdecode(self.files[index]), sizes, choose_boxes), epoch, index
+
+
+# ----------------------------------------------------------------------------------------- batches
+@dataclass
+class Batch:
+    """What one step of one process looks at."""
+    views: list                 # float [B, 3, S, S] each, on the device; S may differ
+    labels: torch.Tensor        # int64 [B], or None
+    epoch: int                  # whose views they are
+    samples: np.ndarray         # int64 [B], the images' numbers
+    wait: float                 # seconds that it took to make
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(seed, epoch, num_images):
+    """The order in which an epoch shows the images, int64 [N]."""
+    return np.random.default_rng((seed, epoch)).permutation(num_images)
+
+
+def samples_of_step(step, num_images, cfg, rank=0, world_size=1):
+    """What a step shows: the epoch of the views, and the numbers of this process's images [B].
+
+    Process r takes images r, r+R, ... of the global batch, so any number of processes sees the same
+    batches. With --view-epochs E epoch e has the views of epoch e mod E, in an order of its own."""
+    epoch, step_in_epoch = divmod(step, num_images // cfg.batch_size)
+    first = step_in_epoch * cfg.batch_size
+    batch = epoch_order(cfg.seed, epoch, num_images)[first:first + cfg.batch_size]
+    return epoch % (cfg.view_epochs or cfg.epochs), batch[rank::world_size]
+
+
+def images_in_memory(split, cfg, device, views, planned):
+    """Yield epoch, samples [B] and, for each view, uint8 [B, 3, H, W], which lie on the device."""
+    pixels = split.pixels.to(device)
+    for epoch, samples in planned:
+        index = torch.from_numpy(samples).to(device, non_blocking=True)
+        yield epoch, samples, [pixels[index]] * len(views)
+
+
+def images_from_disk(split, cfg, device, views, planned):
+    """The same for images on disk, of which workers send crops, uint8 [B, 3, S, S]. What a worker
+    is asked for is (epoch, sample), and not an index alone: the crop depends on both."""
+    items = ([(epoch, int(sample)) for sample in samples] for epoch, samples in planned)
+    loader = DataLoader(Crops(split.files, views, cfg.seed), batch_sampler=items,
+                        num_workers=cfg.workers, pin_memory=device.type == "cuda")
+    for crops, epoch, samples in loader:                        # crops: uint8 [B, 3, S, S] each
+        images = [crop.to(device, non_blocking=True) for crop in crops]
+        yield int(epoch[0]), samples.numpy(), images
+
+
+def batches(split, cfg, device, views, steps, color=True):
+    """A Batch for each step. All that follows the crop happens on the device, a batch at once.
+
+    views: side and crop scale of each view of an image; color: as in `augment`."""
+    planned = (samples_of_step(step, len(split), cfg, *rank_and_world_size()) for step in steps)
+    on_disk = split.pixels is None
+    read = images_from_disk if on_disk else images_in_memory
+    reader = read(split, cfg, device, views, planned)
+    for _ in steps:
+        start = time.perf_counter()
+        with record_function("reading"):
+            epoch, samples, images = next(reader)
+        augmented = []
+        with record_function("augmentation"):
+            for view, (size, scale) in enumerate(views):
+                u = uniforms(cfg.seed, epoch, samples, view)
+                scale = None if on_disk else scale              # from disk they are crops already
+                x = augment(images[view], u, size, scale, cfg.blur, color)
+                augmented.append(x.contiguous(memory_format=torch.channels_last))
+        labels = split.labels
+        if labels is not None:
+            labels = labels[samples].to(device, non_blocking=True)
+        yield Batch(augmented, labels, epoch, samples, time.perf_counter() - start)
 
 
 # ------------------------------------------------------------------------------- shapes, drawn here
@@ -343,13 +424,13 @@ def test_views(split, size, device, workers, batch_size=256):
     """The test views of a split, normalized, on the device: float32 [B, 3, size, size] batch by
     batch. Decoded images are taken whole, those on disk by their `center_box`."""
     if split.pixels is not None:
-        batches = (resize(pixels.to(device), size) for pixels in split.pixels.split(batch_size))
+        images = (resize(pixels.to(device), size) for pixels in split.pixels.split(batch_size))
     else:
-        loader = DataLoader(RandomCrops(split.files, size), batch_size, num_workers=workers,
+        loader = DataLoader(Crops(split.files, [(size, None)]), batch_size, num_workers=workers,
                             sampler=[(0, i) for i in range(len(split))])
-        batches = (crops[:, 0].to(device) for crops, _, _ in loader)
-    for images in batches:
-        yield normalize(images).contiguous(memory_format=torch.channels_last)
+        images = (crops[0].to(device) for crops, _, _ in loader)
+    for part in images:
+        yield normalize(part).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -461,6 +542,81 @@ def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
     return scores, (train, test, train_x, test_x)
 
 
+# ------------------------------------------------------------- protocols that train on random crops
+CROPS = dict(crop_scale=(0.08, 1.0), batch_size=256, blur=False, view_epochs=None)
+LINEAR = dict(CROPS, epochs=100, lr=30.0, backbone_lr=0.0, weight_decay=0.0)      # the authors'
+FINETUNE = dict(CROPS, epochs=60, lr=0.1, backbone_lr=0.01, weight_decay=1e-4)    # ours
+SCRATCH = dict(CROPS, epochs=60, lr=0.1, backbone_lr=0.1, weight_decay=1e-4)
+
+
+def protocol(settings, args, encoder, data):
+    """The settings of `fit_classifier` for these flags and data."""
+    cfg = argparse.Namespace(**settings, seed=args.seed, workers=args.workers,
+                             image_size=encoder.image_size)
+    cfg.epochs = args.epochs or cfg.epochs
+    world_size = rank_and_world_size()[1]
+    cfg.batch_size = min(args.batch_size or cfg.batch_size, len(data.train))
+    cfg.batch_size -= cfg.batch_size % world_size
+    if cfg.batch_size < 2 * world_size:
+        raise InputError(f"{len(data.train)} training images are too few; raise --label-fraction")
+    return cfg
+
+
+def fit_classifier(encoder, data, device, cfg):
+    """Accuracy in percent of a class layer that is trained on random crops and flips.
+
+    The features are not normalized. With cfg.backbone_lr = 0 the backbone is frozen, batch norm
+    included: a linear probe. Else it is trained, too. Learning rates are for a batch of 256; x 0.1
+    after 60 and 80% of the epochs. The test images are looked at once, at the end."""
+    torch.manual_seed(cfg.seed)
+    is_trained = cfg.backbone_lr > 0
+    backbone = encoder.backbone.train(is_trained).requires_grad_(is_trained)
+    layer = nn.Linear(encoder.feature_dim, len(data.classes)).to(device)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    network = nn.Sequential(backbone, layer)
+    model = DistributedDataParallel(network) if dist.is_initialized() else network
+    scale = cfg.batch_size / 256
+    groups = [dict(params=layer.parameters(), lr=scale * cfg.lr)]
+    if is_trained:
+        groups.append(dict(params=backbone.parameters(), lr=scale * cfg.backbone_lr))
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=cfg.weight_decay)
+    steps = cfg.epochs * (len(data.train) // cfg.batch_size)
+    milestones = [round(0.6 * steps), round(0.8 * steps)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    views = [(cfg.image_size, cfg.crop_scale)]
+    for batch in batches(data.train, cfg, device, views, range(steps), color=False):
+        loss = F.cross_entropy(model(batch.views[0]), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    encoder.eval()
+    features = extract_features(encoder, data.test, device, cfg.workers)
+    return accuracy(layer, features.to(device), data.test.labels.to(device))
+
+
+def label_fraction(split, fraction, seed):
+    """The same share of each class, one image at least, chosen by the seed."""
+    order = np.random.default_rng(seed).permutation(len(split))
+    labels = split.labels.numpy()[order]
+    chosen = []
+    for label in np.unique(labels):
+        members = order[labels == label]
+        chosen.append(members[:max(1, round(fraction * len(members)))])
+    return split.subset(np.sort(np.concatenate(chosen)))
+
+
+def export(encoder, path):
+    """Write the backbone as torchvision's own weights, for `load_state_dict` with strict=False: all
+    keys but the class layer's. InputError for what torchvision does not have."""
+    if encoder.small_images or encoder.arch not in torchvision.models.list_models():
+        raise InputError(f"torchvision has no {encoder.arch} like this one (wider, with a stem for "
+                         "small images, or from torch.hub); use encoder.pt and load_teacher")
+    weights = encoder.backbone.state_dict()
+    save_file(path, {name: value.cpu().contiguous() for name, value in weights.items()})
+
+
 # ---------------------------------------------------------------------------------- grids of images
 FRAMES = dict(white=(1.0, 1.0, 1.0), green=(0.1, 0.7, 0.2), red=(0.85, 0.2, 0.15))
 
@@ -483,7 +639,7 @@ def test_image(split, index, size):
     """The test view of one image, float [3, size, size] in [0, 1]."""
     if split.pixels is not None:
         return resize(split.pixels[index:index + 1], size)[0]
-    return to_float(read_crops(split.files[index], size, center_box(size)))[0]
+    return to_float(read_crops(split.files[index], [size], center_box(size))[0])
 
 
 def save_views(path, data, scale, blur, seed=0, columns=8, count=6):
@@ -624,6 +780,23 @@ def label_use(used_labels):
     return words.get(used_labels, "labels unknown")
 
 
+def run_command(main):
+    """Call `main`; what a user can mend becomes one line and an exit code."""
+    try:
+        main()
+    except InputError as e:
+        if not is_main_process():                               # let the main process say it first:
+            time.sleep(5)                                       # it ends this one, too
+        print(one_line(e), file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory; lower --batch-size, --image-size or --subset")
+    except OSError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command resumes from the last full epoch")
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Texts as they are written; defaults where there are any."""
 
@@ -647,8 +820,7 @@ def parse_args(argv=None):
     """The command line of probe.py."""
     parser = Parser(description="kNN and linear probe of an encoder's frozen features.")
     flag = parser.add_argument
-    flag("encoder", help="an encoder.pt or another checkpoint that seed.load_teacher reads; or "
-         "random:ARCH")
+    flag("encoder", help="an encoder.pt, or what else seed.load_teacher reads; or random:ARCH")
     flag("--arch", help="the network's name, where the file does not say it")
     flag("--dataset", choices=DATASETS, default="shapes", help="what to evaluate on")
     flag("--data", default="data", metavar="DIR", help="where the images are")
@@ -656,12 +828,24 @@ def parse_args(argv=None):
          "which it was trained")
     flag("--small-images", action="store_true", help="with random:ARCH: the stem for small images")
     flag("--subset", type=int, metavar="N", help="use N training images, chosen by the seed")
+    flag("--label-fraction", type=float, default=1.0, metavar="P",
+         help="use this share of each class of the training images")
+    flag("--linear", choices=("cached", "paper"), default="cached", help="the linear probe: on "
+         "features of center crops, and with kNN; or the paper's, on random crops, by torchrun too")
+    flag("--finetune", action="store_true", help="train the whole network with labels; and another "
+         "from scratch, to compare")
+    flag("--epochs", type=int, help="of --linear paper (if not given, 100) and --finetune (60)")
+    flag("--batch-size", type=int, help="of both, over all processes; if not given, 256")
+    flag("--export", metavar="PATH", help="only write the weights as torchvision names them")
     flag("--seed", type=int, default=0, help="of the subset, and of random:ARCH")
     flag("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read images")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--out", metavar="DIR", help="for probe.json and neighbors.png; if not given, beside the "
          "encoder's file, or here")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 < args.label_fraction <= 1:
+        raise InputError(f"--label-fraction {args.label_fraction} is not above 0 and at most 1")
+    return args
 
 
 def load_encoder(args):
@@ -677,37 +861,60 @@ def load_encoder(args):
     return encoder
 
 
+NAMES = dict(knn="kNN", linear="linear probe", linear_paper="linear probe as in the paper",
+             finetuned="fine-tuned", from_scratch="the same network from scratch")
+
+
+def run_protocol(args, encoder, data, device, out):
+    """What the flags ask for: a dict of scores."""
+    if not data.has_labels and (args.finetune or args.linear == "paper"):
+        raise InputError(f"{args.data} has no labels to train with; use class folders")
+    if args.finetune:
+        torch.manual_seed(args.seed)
+        scratch = Encoder(encoder.arch, small_images=encoder.small_images,
+                          image_size=encoder.image_size).to(device)
+        rows = {"finetuned": (FINETUNE, encoder), "from_scratch": (SCRATCH, scratch)}
+    elif args.linear == "paper":
+        rows = {"linear_paper": (LINEAR, encoder)}
+    elif not is_main_process():
+        return {}
+    else:
+        scores, material = evaluate(encoder, data, device, args.workers)
+        save_neighbors(out / "neighbors.png", *material, data.image_size)
+        return scores
+    return {name: fit_classifier(network, data, device, protocol(settings, args, network, data))
+            for name, (settings, network) in rows.items()}
+
+
 def main(argv=None):
     args = parse_args(argv)
     start = time.time()
-    device = pick_device(args.device)
-    encoder = load_encoder(args).to(device, memory_format=torch.channels_last)
-    data = load_data(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
-    print(f"{encoder.provenance}, {label_use(encoder.used_labels)}\n{data}")
-    scores, material = evaluate(encoder, data, device, args.workers)
-    if data.has_labels:
-        print(f"kNN {scores['knn']:.1f}%   linear probe {scores['linear']:.1f}% (learning rate "
-              f"{scores['rate']})")
-    else:
-        print("no labels, so no accuracy")
+    device = init_distributed(args.device)
+    with main_process_first():
+        encoder = load_encoder(args).to(device, memory_format=torch.channels_last)
+    if args.export:
+        export(encoder, args.export)
+        return print0(f"wrote {args.export}: {encoder.arch}, all but its class layer")
+    with main_process_first():
+        data = load_data(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
+    if args.label_fraction < 1 and data.has_labels:
+        data.train = label_fraction(data.train, args.label_fraction, args.seed)
+    print0(f"{encoder.provenance}, {label_use(encoder.used_labels)}\n{data}")
     out = Path(args.encoder).parent if os.path.exists(args.encoder) else Path(".")
     out = Path(args.out or out)
     out.mkdir(parents=True, exist_ok=True)
-    save_neighbors(out / "neighbors.png", *material, data.image_size)
+    scores = run_protocol(args, encoder, data, device, out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not is_main_process():
+        return
+    found = [f"{NAMES[key]} {scores[key]:.1f}%" for key in NAMES if scores.get(key) is not None]
+    print("   ".join(found) or "no labels, so no accuracy")
     summary = dict(encoder=args.encoder, provenance=encoder.provenance,
                    used_labels=encoder.used_labels, data=str(data), **scores)
     (out / "probe.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"wrote {out / 'probe.json'} and {out / 'neighbors.png'} after "
-          f"{time.time() - start:.0f} s")
+    print(f"wrote {out / 'probe.json'} after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        print(one_line(e), file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory; use --subset or --device cpu")
-    except OSError as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

@@ -31,22 +31,29 @@ Departures ("-": we could not check what the paper says):
                           queue is cloned               clone is needed
     color jitter  -       in random order               in one fixed order
     crop box      -       on whole pixels               between pixels, too
-    small crops   -       yes, for the best results     not yet
+    small crops   -       6, for the best results       --small-crops, as theirs
 
 The training loop is `train` in train.py; data sets and evaluation are in probe.py. This file needs
 neither: `python seed.py` trains a toy in a few seconds.
 """
+import argparse
+import codecs
 import copy
 import difflib
 import hashlib
+import itertools
 import math
+import operator
 import os
+import re
+from collections import Counter
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from numpy._core.multiarray import _reconstruct, scalar
 from torch import nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
@@ -235,11 +242,15 @@ class SEED(nn.Module):
     Args: student: the network to train; teacher: a trained one, frozen here. Either may be any
         module with an attribute `dim` (D) that turns a view into embeddings [B, D], rows of length
         1; see `TinyNetwork` below. queue_size: K; tau_s, tau_t: the temperatures of `seed_loss`.
+        symmetric: take two views; the student's embedding of each is compared with the teacher's of
+        the other (the re-implementation's; a point better there). small_crops: views behind the
+        large ones that show a small part of the image. They cost little, and must be recognized by
+        a detail. A part is unlike any whole image, so they have a queue of their own.
     Raises: ValueError if `dim` is missing or not the same for both; the first `loss` raises it for
         embeddings of another shape or length."""
-    views_per_image = 1                                                 # both networks see the same
 
-    def __init__(self, student, teacher, queue_size=65536, tau_s=0.2, tau_t=0.01):
+    def __init__(self, student, teacher, queue_size=65536, tau_s=0.2, tau_t=0.01, symmetric=False,
+                 small_crops=0):
         super().__init__()
         dim_s, dim_t = [getattr(network, "dim", None) for network in (student, teacher)]
         if dim_s is None or dim_s != dim_t:
@@ -248,8 +259,11 @@ class SEED(nn.Module):
         self.student = student
         self.teacher = teacher.requires_grad_(False)
         self.queue = FeatureQueue(queue_size, teacher.dim)
+        self.small_queue = FeatureQueue(queue_size, teacher.dim) if small_crops else None
         self.tau_s = tau_s
         self.tau_t = tau_t
+        self.large_views = 2 if symmetric else 1
+        self.views_per_image = self.large_views + small_crops
         self.embeddings_checked = False
         self.train()                                                    # the teacher: eval mode
 
@@ -265,30 +279,59 @@ class SEED(nn.Module):
 
     @torch.no_grad()
     def targets(self, views, labels=None):
-        """The teacher's embeddings z_t of the view, [B, D]; labels are not looked at."""
-        return self.teacher(views[0])
+        """The teacher's embeddings z_t of V views, [V*B, D]; labels are not looked at."""
+        return embed(self.teacher, views)
 
     def forward(self, views):
-        """The student's embeddings z_s of the same view, [B, D]."""
-        return self.student(views[0])
+        """The student's embeddings z_s of the same views, [V*B, D]."""
+        return embed(self.student, views)
 
     def loss(self, z_s, z_t):
-        """The loss of the batch, scalar float32; the queue is not changed."""
+        """The loss of the batch, scalar float32; the queues are not changed."""
         if not self.embeddings_checked:
             check_embeddings("student", z_s, self.student.dim)
             check_embeddings("teacher", z_t, self.teacher.dim)
             self.embeddings_checked = True
-        return seed_loss(z_s, z_t, self.queue.features, self.tau_s, self.tau_t)
+        loss = seed_loss(*self.large(z_s, z_t), self.queue.features, self.tau_s, self.tau_t)
+        if self.small_queue is not None:
+            loss = loss + self.small_loss(z_s, z_t)
+        return loss
 
+    def large(self, z_s, z_t):
+        """z_s and z_t of the large views; of two views, those of the teacher change places."""
+        n = len(z_t) * self.large_views // self.views_per_image
+        return z_s[:n], torch.cat(z_t[:n].chunk(self.large_views)[::-1])
+
+    def small_loss(self, z_s, z_t):
+        """The mean over all small crops of the batch, each compared with its own z_t."""
+        n = len(z_t) * self.large_views // self.views_per_image
+        return seed_loss(z_s[n:], z_t[n:], self.small_queue.features, self.tau_s, self.tau_t)
+
+    @torch.no_grad()
     def diagnostics(self, z_s, z_t):
-        """See `seed_diagnostics`; and how far the queue is filled."""
-        values = seed_diagnostics(z_s, z_t, self.queue.features, self.tau_s, self.tau_t)
+        """See `seed_diagnostics`, for the large views; small_loss; how far the queue is filled."""
+        values = seed_diagnostics(*self.large(z_s, z_t), self.queue.features, self.tau_s,
+                                  self.tau_t)
+        if self.small_queue is not None:
+            values["small_loss"] = self.small_loss(z_s, z_t)
         return dict(values, queue_filled=self.queue.filled)
 
     def after_step(self, z_t):
         """Enqueue z_t; after `backward`, which still needs the old entries (autograd would stop:
-        "modified by an inplace operation"). Before `loss`, z_t would be among the entries twice."""
-        self.queue.enqueue(z_t)
+        "modified by an inplace operation"). Before `loss`, z_t would be among the entries twice.
+        Of several views only the first large and the first small one enter."""
+        by_view = z_t.chunk(self.views_per_image)                       # V times [B, D]
+        self.queue.enqueue(by_view[0])
+        if self.small_queue is not None:
+            self.small_queue.enqueue(by_view[self.large_views])
+
+
+def embed(network, views):
+    """Embeddings [V*B, D], view by view; neighbors of one size pass the network together."""
+    z = []
+    for _, same_size in itertools.groupby(views, key=operator.attrgetter("shape")):
+        z.append(network(torch.cat(list(same_size))))
+    return torch.cat(z)
 
 
 def check_embeddings(name, z, dim):
@@ -412,36 +455,51 @@ class Encoder(nn.Module):
     The head is the authors': Linear, ReLU, Linear, then L2 normalization; input and hidden layer as
     wide as the replaced layer's input, which is 512 for ResNet-18, 1280 for MobileNet-V3-Large.
 
-    Args: arch: name of a torchvision classification network, such as "mobilenet_v3_large".
+    Args: arch: name of a torchvision classification network, such as "mobilenet_v3_large"; or
+        "resnet50w2" (or w3 to w9): all of a ResNet's widths twice as large, as in SwAV.
         dim: D, width of the embeddings; None: no head, the embedding is the normalized features.
         hidden_dim: width of the head's hidden layer; None: that of the features; 0: no such layer.
         small_images: keep the resolution at first, see `adapt_stem_for_small_images`.
         image_size: S, side of the views in pixels, which the network must accept.
+        backbone: a module of your own in place of torchvision's, images [B, 3, S, S] -> [B, F].
     Attributes: feature_dim: width of the features; provenance: a line on how it was trained;
-        used_labels: whether labels took part, None if unknown.
+        used_labels: whether labels took part, None if unknown; multi_crop: whether it was trained
+        with small crops, as SwAV is.
     Raises: InputError for an unknown name, or a network that cannot be an encoder at this size."""
 
-    def __init__(self, arch, dim=128, hidden_dim=None, small_images=False, image_size=224):
+    def __init__(self, arch, dim=128, hidden_dim=None, small_images=False, image_size=224,
+                 backbone=None):
         super().__init__()
         self.arch = arch
         self.small_images = small_images
         self.provenance = f"{arch}, random weights"
         self.used_labels = False
-        known = torchvision.models.list_models(module=torchvision.models)
-        if arch not in known:
-            near = difflib.get_close_matches(str(arch), known, cutoff=0)
-            raise InputError(f"unknown network '{arch}'; did you mean {', '.join(near)}?")
-        self.backbone = torchvision.models.get_model(arch, weights=None)
-        linears = [name for name, m in self.backbone.named_modules() if isinstance(m, nn.Linear)]
-        if not linears:
-            raise InputError(f"{arch} has no Linear layer to replace; choose another network")
-        self.last_layer = linears[-1]                                   # "fc", "classifier.3", ...
-        self.feature_dim = self.backbone.get_submodule(self.last_layer).in_features
-        self.backbone.set_submodule(self.last_layer, nn.Identity())
+        self.multi_crop = False
+        self.last_layer = None
+        self.backbone = backbone or self.torchvision_backbone()
         if small_images:
             adapt_stem_for_small_images(self.backbone, arch)
         self.check_image_size(image_size)
         self.set_head(dim, hidden_dim)
+
+    def torchvision_backbone(self):
+        """The network `arch` without its last Linear."""
+        widened = re.fullmatch(r"(resnet\d+)w([2-9])", str(self.arch))
+        name = widened[1] if widened else self.arch
+        known = torchvision.models.list_models(module=torchvision.models)
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, cutoff=0)
+            raise InputError(f"unknown network '{name}'; did you mean {', '.join(near)}?")
+        network = torchvision.models.get_model(name, weights=None)
+        if widened:
+            widen(network, int(widened[2]))
+        linears = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
+        if not linears:
+            raise InputError(f"{name} has no Linear layer to replace; choose another network")
+        self.last_layer = linears[-1]                                   # "fc", "classifier.3", ...
+        self.feature_dim = network.get_submodule(self.last_layer).in_features
+        network.set_submodule(self.last_layer, nn.Identity())
+        return network
 
     def set_head(self, dim, hidden_dim=None):
         """Put a new projection head in place; for the widths see the class."""
@@ -457,18 +515,33 @@ class Encoder(nn.Module):
                                       nn.Linear(hidden, dim))
 
     def check_image_size(self, image_size):
-        """Remember the size; InputError unless images of it pass (tried without arithmetic)."""
-        self.image_size = image_size
-        on_meta = copy.deepcopy(self.backbone).to("meta").train()
+        """Remember the size; InputError unless images of it pass. (A network of torchvision's is
+        tried without arithmetic; of one of your own, `feature_dim` is found so.)"""
+        device = "meta" if self.last_layer else "cpu"
+        network = copy.deepcopy(self.backbone).to(device).train(device == "meta")
         problem = "it returns more than one vector an image"
         try:
-            out = on_meta(torch.empty(2, 3, image_size, image_size, device="meta"))
-            if getattr(out, "shape", None) == (2, self.feature_dim):
+            with torch.no_grad():
+                out = network(torch.zeros(2, 3, image_size, image_size, device=device))
+            if isinstance(out, torch.Tensor) and out.ndim == 2 and len(out) == 2:
+                self.feature_dim = out.shape[1]
+                self.image_size = image_size
                 return
         except Exception as e:                                          # whatever a network raises
-            problem = str(e).split("\n")[0]
+            problem = first_line(e)
         raise InputError(f"{self.arch} cannot be an encoder at {image_size} px: {problem}; choose "
                          "another network or image size")
+
+    def start_from(self, other):
+        """Take over the weights of an Encoder of the same network; its head, too, if it fits."""
+        try:
+            self.backbone.load_state_dict(other.backbone.state_dict())
+        except RuntimeError as e:
+            raise InputError(f"{other.provenance} does not fit: {first_line(e)}") from None
+        if str(self.head) == str(other.head):                           # the same layers
+            self.head.load_state_dict(other.head.state_dict())
+        self.provenance = other.provenance
+        self.used_labels = other.used_labels
 
     def features(self, x):
         """x float [B, 3, S, S], normalized -> [B, feature_dim], for kNN and linear probes."""
@@ -477,6 +550,23 @@ class Encoder(nn.Module):
     def forward(self, x):
         """x float [B, 3, S, S], normalized -> embeddings z, float32 [B, D], rows of length 1."""
         return F.normalize(self.head(self.features(x)).float(), dim=1)
+
+
+def widen(resnet, factor):
+    """Multiply all widths of a ResNet (torchvision's wide ones: only those inside the blocks)."""
+    for name, m in list(resnet.named_modules()):
+        if isinstance(m, nn.Conv2d):
+            inputs = 3 if m.in_channels == 3 else factor * m.in_channels
+            outputs = factor * m.out_channels
+            wide = nn.Conv2d(inputs, outputs, m.kernel_size, m.stride, m.padding, bias=False)
+            nn.init.kaiming_normal_(wide.weight, mode="fan_out")        # as torchvision does
+        elif isinstance(m, nn.BatchNorm2d):
+            wide = nn.BatchNorm2d(factor * m.num_features)
+        elif isinstance(m, nn.Linear):
+            wide = nn.Linear(factor * m.in_features, m.out_features)
+        else:
+            continue
+        resnet.set_submodule(name, wide)
 
 
 def adapt_stem_for_small_images(backbone, arch):
@@ -497,21 +587,44 @@ def adapt_stem_for_small_images(backbone, arch):
 # ---------------------------------------------------------------------------------- 5. checkpoints
 # With strict=False a teacher may stay random without a word. Here each key finds its place and each
 # place its key, or it is an error. Files are read with weights_only=True: they cannot run code.
+#
+# Published files differ in the names around the weights. One rule serves them all: the backbone
+# stands under whatever prefix has all of its keys; numbered layers beside it are the head; what is
+# neither must be a known leftover of training.
+EVALUATED = (".encoder_q.", ".base_encoder.", ".student.", ".teacher.backbone.",
+             ".encoder.backbone.", ".backbone.", "")    # which to take of several networks
+LEFTOVERS = ("encoder_k", "key_encoder", "momentum", "queue", "prototypes", "predict", "optimizer",
+             "classifier", "class_vectors", "memory_bank", ".bn.", "head.mlp.", "last_layer.")
+RESNET_KEYS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
+RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3",
+                   "7": "layer4"}
+HARMLESS = [argparse.Namespace, codecs.encode, np.ndarray, np.dtype, scalar, _reconstruct,
+            (scalar, "numpy.core.multiarray.scalar"),   # these two: NumPy 1's names
+            (_reconstruct, "numpy.core.multiarray._reconstruct"),
+            *[type(np.dtype(letter)) for letter in "?bhilqBHILQefd"]]
+
+
 def save_file(path, content):
     """torch.save into PATH.tmp, then rename: a kill at any moment leaves a whole file."""
     torch.save(content, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
-def save_encoder(path, encoder, provenance, used_labels):
-    """Write what a user takes away: the backbone under torchvision's key names, and the head.
-
-    Args: path: of the file; encoder: Encoder; provenance, used_labels: as Encoder's attributes."""
+def describe(encoder, provenance, used_labels):
+    """What `load_teacher` has to know of an Encoder beside its weights: a dict."""
     file = dict(format="seed-encoder", provenance=provenance, used_labels=used_labels,
                 dim=None if isinstance(encoder.head, nn.Identity) else encoder.dim,
                 mean=IMAGENET_MEAN, std=IMAGENET_STD)
     for name in ("arch", "hidden_dim", "small_images", "image_size"):
         file[name] = getattr(encoder, name)
+    return file
+
+
+def save_encoder(path, encoder, provenance, used_labels):
+    """Write what a user takes away: the backbone under torchvision's key names, and the head.
+
+    Args: path: of the file; encoder: Encoder; provenance, used_labels: as Encoder's attributes."""
+    file = describe(encoder, provenance, used_labels)
     for part in ("backbone", "head"):
         weights = getattr(encoder, part).state_dict()
         file[part] = {name: value.cpu().contiguous() for name, value in weights.items()}
@@ -519,101 +632,247 @@ def save_encoder(path, encoder, provenance, used_labels):
 
 
 def load_teacher(path_or_url, arch=None):
-    """A trained Encoder from a checkpoint, frozen, in evaluation mode.
+    """A trained Encoder, frozen, in evaluation mode.
 
-    Known are this project's encoder.pt; MoCo (v1, v2) with its projection head; torchvision's
-    weights, whose last layer scores classes and is dropped: the embedding is the features.
+    Its head is the one in the file; a layer that scores classes is dropped. Without a head (or with
+    DINO's, which has other activations) the embedding is the features.
 
-    Args: path_or_url: a file, or an http(s) address (kept in torch's hub folder); arch: name of the
-        network, needed where the file does not say it.
+    Args: path_or_url: a file, or an http(s) address (kept in torch's hub folder); or hub:REPO:ENTRY
+        for torch.hub, where REPO may be a directory: this runs that repository's code.
+        arch: name of the network, if neither the file nor its shapes (a ResNet's do) say it.
     Returns: Encoder; its `provenance` says what it is, `used_labels` is None if the file does not.
     Raises: InputError for a file that is missing, broken, unknown, or does not fit the network."""
-    file = read_checkpoint(path_or_url)
-    if arch and file.get("arch") not in (None, arch):
-        raise InputError(f"{path_or_url} holds a {file['arch']}, not a {arch}")
-    arch = arch or file.get("arch")
+    path = str(path_or_url)
+    if path.startswith("hub:"):
+        return load_from_hub(path)
+    file = read_checkpoint(path)
+    tensors = name_children(flatten(file))
     if arch is None:
-        raise InputError(f"{path_or_url} does not say which network it is; name it, say resnet50")
-    if file.get("format") == "seed-encoder":
-        options = [file[name] for name in ("dim", "hidden_dim", "small_images", "image_size")]
-        teacher = Encoder(arch, *options)
-        weights = {f"backbone.{name}": value for name, value in file["backbone"].items()}
-        weights.update({f"head.{name}": value for name, value in file["head"].items()})
-        teacher.provenance = file.get("provenance", file.get("made", "?"))     # the first version
-        teacher.used_labels = file.get("used_labels", file.get("labels_seen"))
-    else:
-        teacher = Encoder(arch, dim=None)
-        weights = from_published(file, path_or_url, teacher)
-    for name, value in weights.items():
-        if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
-            raise InputError(f"{path_or_url}: {name} has numbers that are not finite")
-    try:
-        teacher.load_state_dict(weights)
-    except RuntimeError as e:                                           # one line a kind of error
-        problems = "; ".join(line[:120] for line in str(e).split("\n\t")[1:4])
-        raise InputError(f"{path_or_url} does not fit a {arch}: {problems}") from None
+        said = file.get("arch", getattr(file.get("args"), "arch", None))
+        arch = said if said in torchvision.models.list_models() else None
+    prefix, others = find_backbone(tensors, arch, path)
+    stem = tensors.get(f"{prefix}conv1.weight", torch.empty(0))         # a ResNet's
+    arch = arch or resnet_name(tensors, prefix)
+    if re.fullmatch(r"resnet\d+", arch) and len(stem) > 64:
+        arch = f"{arch}w{len(stem) // 64}"
+    is_ours = file.get("format") == "seed-encoder"
+    options = [None, None, stem.shape[2:] == (3, 3)]
+    if is_ours:
+        names = ("dim", "hidden_dim", "small_images", "image_size")
+        if any(name not in file for name in names):
+            raise InputError(f"{path} is not a whole encoder.pt; make it anew")
+        options = [file[name] for name in names]
+    teacher = Encoder(arch, *options)
+    backbone, head, head_name = sort_weights(tensors, prefix, others, teacher, path)
+    fill(teacher, backbone, head, path, rebuild=head and not is_ours)
     total = len(teacher.backbone.state_dict())                          # all are there by now
-    teacher.provenance = f"{arch}, {teacher.provenance}, matched {total}/{total} backbone keys"
+    known = f"head '{head_name}', {teacher.dim} wide" if head else "no projection head"
+    made = file.get("provenance", file.get("made", f"weights under '{prefix}', {known}"))
+    teacher.provenance = f"{arch}, {made}, matched {total}/{total} backbone keys"
+    labels = False if head and not is_ours else None        # such heads learn without labels
+    teacher.used_labels = file.get("used_labels", file.get("labels_seen", labels))
+    teacher.multi_crop = any("prototypes" in name for name in tensors)
     return teacher.eval().requires_grad_(False)
 
 
-def from_published(file, path, teacher):
-    """Weights of MoCo or torchvision under an Encoder's names; `teacher` gets the head they have.
-    MoCo's key encoder and queue are left out; what else has no place keeps its name."""
-    published = file.get("state_dict", file.get("model", file))
-    if not isinstance(published, dict) or not all(isinstance(key, str) for key in published):
-        raise InputError(f"{path} is not a checkpoint: expected a dict of weights")
-    prefix = "module." if all(key.startswith("module.") for key in published) else ""
-    is_moco = any(key.startswith("module.encoder_q.") for key in published)
-    if is_moco:
-        prefix = "module.encoder_q."
-    last_layer = f"{prefix}{teacher.last_layer}."                       # in MoCo: its head
-    weights = {}
-    for key, value in published.items():
-        if key.startswith(last_layer):
-            weights[f"head.{key.removeprefix(last_layer)}"] = value
-        elif key.startswith(prefix):
-            weights[f"backbone.{key.removeprefix(prefix)}"] = value
-        elif not key.startswith(("module.encoder_k.", "module.queue")):
-            weights[key] = value
-    if is_moco:
-        last = weights.get("head.2.weight", weights.get("head.weight"))
-        if last is None:
-            raise InputError(f"{path}: MoCo's projection head is missing (no {last_layer}2.weight)")
-        hidden_dim = len(weights.get("head.0.weight", []))              # 0 in v1: no hidden layer
-        teacher.set_head(len(last), hidden_dim)
-        teacher.provenance = "MoCo checkpoint"
-    else:
-        weights.pop("head.weight", None)                                # scores of classes
-        weights.pop("head.bias", None)
-        teacher.provenance = "torchvision weights, no projection head"
-        teacher.used_labels = None
-    return weights
+def load_from_hub(name):
+    """The Encoder hub:REPO:ENTRY; its features, normalized, are the embedding."""
+    repo, _, entry = name.removeprefix("hub:").rpartition(":")
+    source = "local" if os.path.isdir(repo) else "github"
+    try:
+        backbone = torch.hub.load(repo, entry, source=source, trust_repo="check")
+        encoder = Encoder(name, None, backbone=backbone)
+    except (Exception, SystemExit) as e:                                # it is other people's code
+        raise InputError(f"cannot load {name}: {first_line(e)}") from None
+    encoder.provenance = f"{name}, no projection head"
+    encoder.used_labels = None
+    return encoder.eval().requires_grad_(False)
+
+
+def flatten(value, name=""):
+    """All tensors in nested dicts, by their dotted names."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    found = {}
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        found.update(flatten(inner, f"{name}.{key}" if name else str(key)))
+    return found
+
+
+def name_children(tensors):
+    """Undo the numbers that nn.Sequential(*resnet.children()), lightly's way, gives the layers."""
+    block = "4.0.conv1.weight"
+    prefixes = [name.removesuffix(block) for name in tensors if f".{name}".endswith(f".{block}")]
+    renamed = {}
+    for name, value in tensors.items():
+        for prefix in prefixes:
+            child, _, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and child in RESNET_CHILDREN:
+                name = f"{prefix}{RESNET_CHILDREN[child]}.{rest}"
+        renamed[name] = value
+    return renamed
+
+
+def resnet_name(tensors, prefix):
+    """The ResNet of these weights; its number counts the convolutions and the class layer."""
+    blocks = [name for name in tensors if name.startswith(f"{prefix}layer")]
+    return f"resnet{2 + len([name for name in blocks if re.search('conv[123].weight$', name)])}"
+
+
+def find_backbone(tensors, arch, path):
+    """The prefix under which all keys of the network stand; and those of other such networks."""
+    keys = RESNET_KEYS
+    if arch:
+        with torch.device("meta"):
+            keys = list(Encoder(arch, dim=None).backbone.state_dict())
+        keys = [key for key in keys if "num_batches_tracked" not in key]    # old files lack it
+    counts = Counter()
+    for key in keys:
+        counts.update(name.removesuffix(key) for name in tensors if name.endswith(key))
+    whole = [prefix for prefix in counts if counts[prefix] == len(keys)]
+    for end in EVALUATED:
+        chosen = [prefix for prefix in whole if f".{prefix}".endswith(end)]
+        if len(chosen) == 1:
+            return chosen[0], tuple(prefix for prefix in whole if prefix != chosen[0])
+    if whole:
+        raise InputError(f"{path} holds several networks, under {whole}; keep one of them")
+    held = ", ".join(list(tensors)[:3]) or "no tensors"
+    if arch is None:
+        raise InputError(f"{path} does not say which network it is, and holds no whole ResNet but "
+                         f"{held}; name the network (--teacher-arch)")
+    prefix = max(counts, key=counts.get, default="")
+    missing = ", ".join([key for key in keys if prefix + key not in tensors][:3])
+    raise InputError(f"{path} does not fit torchvision's {arch}: {counts[prefix]} of {len(keys)} "
+                     f"keys are there, under '{prefix}', without {missing}; it holds {held}")
+
+
+def sort_weights(tensors, prefix, others, teacher, path):
+    """The backbone's weights, the head's, and what the file calls the head."""
+    layer = re.compile(r"(.*?)(\d+\.)?(weight|bias|running_mean|running_var|num_batches_tracked)")
+    own = teacher.backbone.state_dict()
+    children = dict(teacher.backbone.named_children())
+    class_layer = f"{prefix}{teacher.last_layer}."
+    beside = prefix[:prefix.rstrip(".").rfind(".") + 1]                 # without its last word
+    backbone = {}
+    heads = {}
+    unknown = []
+    for name, value in tensors.items():
+        key = name.removeprefix(prefix)
+        match = layer.fullmatch(name)
+        group = match[1] if match else None
+        is_child = key.split(".")[0] in children and group != class_layer
+        if name.startswith(prefix) and key in own:
+            backbone[key] = value
+        elif name.startswith(others) or any(word in name for word in LEFTOVERS):
+            continue
+        elif group == class_layer and not match[2] and "encoder_q" not in prefix:
+            continue                                                    # scores of classes
+        elif match and group.startswith(beside) and not is_child:
+            heads.setdefault(group, {})[name.removeprefix(group)] = value
+        else:
+            unknown.append(name)
+    if unknown or len(heads) > 1:
+        names = ", ".join((unknown or list(heads))[:3])
+        raise InputError(f"{path} has weights that are no part of torchvision's {teacher.arch} or "
+                         f"its head, such as {names}; keep the others alone")
+    head_name, head = heads.popitem() if heads else ("", {})
+    return backbone, head, head_name
+
+
+def rebuild_head(weights, width):
+    """A projection head of weights "0.weight", "1.running_mean", ...: Linear, or BatchNorm1d where
+    running statistics are; a missing number is a ReLU. (A Linear alone has no number.)"""
+    numbers = sorted({int(name.split(".")[0]) for name in weights if name[0].isdigit()})
+    if not numbers:
+        return nn.Linear(width, len(weights["weight"])), len(weights["weight"])
+    head = nn.Sequential()
+    biases = set()
+    for number in numbers:
+        if len(head) and number - 1 not in numbers:
+            head.add_module(str(number - 1), nn.ReLU())
+        weight = weights.get(f"{number}.weight", ())
+        mean = weights.get(f"{number}.running_mean")
+        if mean is not None:
+            layer = nn.BatchNorm1d(len(mean), affine=len(weight) > 0)
+        else:
+            layer = nn.Linear(width, len(weight), bias=f"{number}.bias" in weights)
+            width = len(weight)
+            if f"{number + 1}.running_mean" not in weights:             # else it needs no bias
+                biases.add(layer.bias is not None)
+        head.add_module(str(number), layer)
+    if len(biases) > 1:
+        raise ValueError("a bias is missing")
+    return head, width
+
+
+def fill(teacher, backbone, head, path, rebuild):
+    """Load all weights; InputError for what does not fit."""
+    weights = {f"backbone.{name}": value for name, value in backbone.items()}
+    weights.update({f"head.{name}": value for name, value in head.items()})
+    try:
+        if rebuild:
+            teacher.head, teacher.dim = rebuild_head(head, teacher.feature_dim)
+        own = teacher.state_dict()
+        for name, value in weights.items():
+            if name in own and value.is_floating_point() != own[name].is_floating_point():
+                raise ValueError(f"{name} is {value.dtype}, not {own[name].dtype}")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} has numbers that are not finite")
+        teacher.load_state_dict(weights)
+    except (RuntimeError, ValueError) as e:                             # one line a kind of error
+        lines = str(e).split("\n\t")
+        problems = "; ".join(line[:120] for line in lines[1:4] or lines)
+        raise InputError(f"{path} does not fit a {teacher.arch}: {problems}") from None
 
 
 def read_checkpoint(path_or_url):
     """The dict in a file or behind an address; InputError if there is none."""
     path = str(path_or_url)
     try:
-        if path.startswith(("http://", "https://")):        # addresses may share their last part
-            name = f"{hashlib.sha256(path.encode()).hexdigest()[:8]}-{os.path.basename(path)}"
-            file = torch.hub.load_state_dict_from_url(path, map_location="cpu", weights_only=True,
-                                                      file_name=name)
-        else:
+        if path.startswith(("http://", "https://")):
+            path = download(path)
+        with torch.serialization.safe_globals(HARMLESS):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except Exception as e:                                  # a broken zip, code inside, no network
-        reason = str(e).split("\n")[0] or type(e).__name__
-        raise InputError(f"cannot read {path}: {reason}") from None
+        raise InputError(f"cannot read {path}: {why_unreadable(path, e)}") from None
     if not isinstance(file, dict):
         raise InputError(f"{path} is not a checkpoint: expected a dict of weights")
-    needed = {"arch", "dim", "hidden_dim", "small_images", "image_size", "backbone", "head"}
-    parts = [file.get("backbone"), file.get("head")]
-    is_whole = needed <= file.keys() and all(isinstance(part, dict) for part in parts)
-    if file.get("format") == "seed-encoder" and not is_whole:
-        raise InputError(f"{path} is not a whole encoder.pt; make it anew")
     return file
+
+
+def download(url):
+    """The file behind an address, kept in torch's hub folder."""
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]   # addresses may share their last part
+    path = os.path.join(folder, f"{digest}-{os.path.basename(url)}")
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        torch.hub.download_url_to_file(url, path)
+    return path
+
+
+def why_unreadable(path, error):
+    """What torch.load means, in a line."""
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+        return f"it holds a {code[1]}, which could run code; save the weights alone"
+    start = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            start = file.read(100).lstrip()
+    if start.startswith(b"<"):
+        return "it is a web page; download the file again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it only points to a file; fetch that with git lfs pull"
+    reason = first_line(error)
+    return "torch.save did not write it, or not all of it" if "only load" in reason else reason
+
+
+def first_line(error):
+    """The first line of an exception's text; its type if it has none."""
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------- 6. views
@@ -737,7 +996,7 @@ def normalize(images):
 
 
 @torch.no_grad()
-def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
+def augment(images, u, size=None, scale=(0.2, 1.0), blur=True, color=True):
     """MoCo-v2's random view, which SEED uses too, as a pure function: same numbers, same view.
 
     Crop, flip, jitter (brightness, contrast, saturation, hue), gray, blur; a batch at once. Call it
@@ -747,6 +1006,7 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
         u: float [B, U] from `uniforms`, on the CPU; size: S, side of the view in pixels, None: H.
         scale: share of the image that a crop covers; None: the images are crops already.
         blur: whether to blur (off for small images, as in MoCo's CIFAR demonstration).
+        color: False: crop and flip alone, for training with labels.
     Returns: float32 [B, 3, S, S], normalized. Raises: ValueError for shapes that do not fit."""
     if images.ndim != 4 or images.shape[1] != 3 or u.shape != (len(images), UNIFORMS):
         shapes = [list(x.shape) for x in (images, u)]
@@ -761,6 +1021,8 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True):
     blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(x.device, non_blocking=True)
     u = u.to(x.device, non_blocking=True)[:, :, None, None, None]       # u[:, FLIP]: [B, 1, 1, 1]
     x = torch.where(u[:, FLIP] < FLIP_P, x.flip(3), x)
+    if not color:
+        return normalize(x)
 
     jittered = (u[:, JITTER] < JITTER_P).float()                        # [B, 1, 1, 1], 0 or 1
     factors = 1 + JITTER_STRENGTH * jittered[:, None] * (2 * u[:, BRIGHTNESS:HUE] - 1)

@@ -46,6 +46,7 @@ from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, SplitBatchNorm2
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 ARCH = "shufflenet_v2_x0_5"         # the quickest network of torchvision at 32 px on a CPU
+ONE_VIEW = [(32, (0.2, 1.0))]       # side and crop scale
 draw_all_shapes = probe.draw_shapes
 
 
@@ -1033,7 +1034,9 @@ def test_a_moco_checkpoint_becomes_the_teacher_that_is_in_it(tmp_path, version):
     x = torch.randn(2, 3, 64, 64)
     assert torch.allclose(teacher(x), F.normalize(network(x), dim=1), atol=1e-5)
     assert teacher.dim == 128
-    assert teacher.provenance == "resnet18, MoCo checkpoint, matched 120/120 backbone keys"
+    assert teacher.provenance == (
+        "resnet18, weights under 'state_dict.module.encoder_q.', head "
+        "'state_dict.module.encoder_q.fc.', 128 wide, matched 120/120 backbone keys")
     assert teacher.used_labels is False
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -1050,10 +1053,9 @@ def test_a_torchvision_file_teaches_by_its_features(tmp_path):
     assert teacher.dim == 512
     assert torch.allclose(teacher(x), F.normalize(network(x), dim=1), atol=1e-5)
     assert teacher.used_labels is None                                  # the file does not say
-    assert "torchvision weights, no projection head" in teacher.provenance
-    with pytest.raises(InputError, match="does not say which network it is"):
-        load_teacher(path)
-    with pytest.raises(InputError, match="does not fit a resnet34: Missing key.*layer1.2.conv1"):
+    assert "no projection head" in teacher.provenance
+    assert load_teacher(path).arch == "resnet18"                        # its shapes tell
+    with pytest.raises(InputError, match="fit torchvision's resnet34: 100 of 180 keys.*layer1.2.c"):
         load_teacher(path, "resnet34")
 
 
@@ -1061,7 +1063,7 @@ def test_a_file_of_a_larger_network_is_refused(tmp_path):
     """It has each key of a resnet18, in the same shape: the result would be half a network."""
     path = tmp_path / "resnet34.pth"
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), path)
-    with pytest.raises(InputError, match="does not fit a resnet18: Unexpected key.*layer1.2.conv1"):
+    with pytest.raises(InputError, match="no part of torchvision's resnet18.*layer1.2.conv1"):
         load_teacher(path, "resnet18")
 
 
@@ -1897,7 +1899,7 @@ def test_sixteen_bits_of_gray_are_scaled_and_not_clipped(tmp_path):
     """Medical and depth images would be white."""
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    crop = probe.read_crops(tmp_path / "ramp.png", 64, probe.center_box(64))[0]
+    [crop] = probe.read_crops(tmp_path / "ramp.png", [64], probe.center_box(64))
     assert np.abs(crop[0, 0].numpy() - np.linspace(0, 255, 64)).max() <= 1
 
 
@@ -1936,15 +1938,16 @@ def test_a_crop_from_disk_is_the_crop_from_memory(tmp_path):
     x = smooth_images(1, 120, 160)
     path = tmp_path / "image.png"
     write_image(path, x[0])
-    crops = probe.RandomCrops([str(path)], 48, views=2, seed=7, scale=(0.1, 0.9))
+    views = [(48, (0.1, 0.9)), (48, (0.1, 0.9)), (20, (0.05, 0.14))]
+    crops = probe.Crops([str(path)], views, seed=7)
     for epoch in range(5):
         images, e, index = crops[(epoch, 0)]
-        assert images.shape == (2, 3, 48, 48)
-        assert images.dtype == torch.uint8
+        assert [image.shape for image in images] == [(3, 48, 48), (3, 48, 48), (3, 20, 20)]
         assert (e, index) == (epoch, 0)
-        for view in range(2):
-            box = crop_box(uniforms(7, epoch, [0], view), 120, 160, (0.1, 0.9))
-            from_memory = seed.crop_and_resize(x, box, 48)[0]
+        for view, (size, scale) in enumerate(views):
+            assert images[view].dtype == torch.uint8
+            box = crop_box(uniforms(7, epoch, [0], view), 120, 160, scale)
+            from_memory = seed.crop_and_resize(x, box, size)[0]
             assert (from_memory - images[view] / 255).abs().max() < 4 / 255
 
 
@@ -1953,7 +1956,7 @@ def crop_of_file(path, box, boxes):
     def choose_boxes(height, width):
         return boxes
 
-    return probe.read_crops(path, 64, choose_boxes)[boxes.index(box)] / 255
+    return probe.read_crops(path, [64] * len(boxes), choose_boxes)[boxes.index(box)] / 255
 
 
 def test_a_large_jpeg_is_decoded_small_without_losing_the_crop(tmp_path):
@@ -2204,8 +2207,8 @@ BAD_INPUT = [
     (["--method", "sed"], "invalid choice"),
     (["--lr", "fast"], "invalid float"),
     (["--arch", "vit_b_16"], "vit_b_16 cannot be an encoder at 32 px"),
-    (["--method", "moco", "--teacher-cache", "cache"], "teacher-cache are for --method seed"),
-    (["--method", "supervised", "--teacher", "file"], "--teacher .*are for --method seed"),
+    (["--method", "moco", "--teacher-cache", "cache"], "only for --method seed: --teacher-cache"),
+    (["--method", "supervised", "--teacher", "file"], "only for --method seed: --teacher$"),
     (["--device", "cuda:99"], "no device")]
 
 
@@ -2241,13 +2244,13 @@ def test_workers_are_shared_among_the_processes_of_a_machine(monkeypatch):
 def test_any_number_of_processes_sees_the_same_batches():
     """The number of GPUs would change the experiment."""
     cfg = make_cfg("--batch-size", "12")
-    one = [train.samples_of_step(step, 50, cfg) for step in range(9)]
+    one = [probe.samples_of_step(step, 50, cfg) for step in range(9)]
     assert [epoch for epoch, _ in one] == [0] * 4 + [1] * 4 + [2]
     for world_size in (2, 3):
         for step, (epoch, samples) in enumerate(one):
             parts = []
             for rank in range(world_size):
-                parts.append(train.samples_of_step(step, 50, cfg, rank, world_size))
+                parts.append(probe.samples_of_step(step, 50, cfg, rank, world_size))
             joined = np.stack([part for _, part in parts], axis=1).reshape(-1)
             assert np.array_equal(joined, samples)
             assert {part_epoch for part_epoch, _ in parts} == {epoch}
@@ -2255,13 +2258,13 @@ def test_any_number_of_processes_sees_the_same_batches():
     assert len(first_epoch) == len(set(first_epoch)) == 48, "no image twice in an epoch"
     assert not np.array_equal(one[0][1], one[4][1]), "another order in the next epoch"
     cfg.seed = 1
-    assert not np.array_equal(one[0][1], train.samples_of_step(0, 50, cfg)[1]), "by another seed"
+    assert not np.array_equal(one[0][1], probe.samples_of_step(0, 50, cfg)[1]), "by another seed"
 
 
 def test_repeated_views_come_in_another_order():
     """With --view-epochs, MoCo's and SEED's batches would repeat with the views."""
     cfg = make_cfg(*"--batch-size 10 --epochs 5 --view-epochs 2".split())
-    planned = [train.samples_of_step(step, 20, cfg) for step in range(10)]
+    planned = [probe.samples_of_step(step, 20, cfg) for step in range(10)]
     assert [epoch for epoch, _ in planned[::2]] == [0, 1, 0, 1, 0]
     assert not np.array_equal(planned[0][1], planned[4][1])
 
@@ -2287,10 +2290,11 @@ def test_workers_do_not_change_a_view(folder_of_images):
     runs = []
     for workers in (0, 2):
         cfg.workers = workers
-        runs.append(list(train.batches(data.train, cfg, CPU, 2, range(3, 6))))
+        views = [(72, (0.1, 0.4)), (72, (0.1, 0.4)), (30, (0.05, 0.1))]
+        runs.append(list(probe.batches(data.train, cfg, CPU, views, range(3, 6))))
     assert [len(run) for run in runs] == [3, 3]
     for batch, other in zip(*runs):
-        assert len(batch.views) == 2
+        assert [x.shape for x in batch.views] == [(8, 3, size, size) for size, _ in views]
         assert not torch.equal(batch.views[0], batch.views[1])
         assert all(torch.equal(x, y) for x, y in zip(batch.views, other.views))
         assert torch.equal(batch.labels, other.labels)
@@ -2300,8 +2304,8 @@ def test_workers_do_not_change_a_view(folder_of_images):
     order = np.random.default_rng((3, 1)).permutation(len(data.train))[8:16]    # of step 3
     assert np.array_equal(first.samples, order)
     assert torch.equal(first.labels, data.train.labels[order])
-    crops = probe.RandomCrops(data.train.files, 72, 2, 3, (0.1, 0.4))
-    for v in range(2):
+    crops = probe.Crops(data.train.files, views, 3)
+    for v in range(3):
         images = torch.stack([crops[1, int(i)][0][v] for i in order])
         once = augment(images, uniforms(3, 1, order, v), scale=None, blur=cfg.blur)
         assert torch.allclose(first.views[v], once, atol=1e-5), "cropped once, not twice"
@@ -2325,18 +2329,20 @@ def test_a_batch_has_the_planned_images_each_with_its_own_random_numbers(few_sha
     cfg.seed = 3
     data = load_data("shapes", subset=64)
     steps = range(3, 6)
-    found = list(train.batches(data.train, cfg, CPU, 2, steps))
+    views = [(32, (0.1, 0.4)), (32, (0.1, 0.4)), (16, (0.05, 0.2))]
+    found = list(probe.batches(data.train, cfg, CPU, views, steps))
     assert len(found) == 3
     for step, batch in zip(steps, found):
-        epoch, samples = train.samples_of_step(step, 64, cfg)
+        epoch, samples = probe.samples_of_step(step, 64, cfg)
         assert batch.epoch == epoch
         assert np.array_equal(batch.samples, samples)
         assert torch.equal(batch.labels, data.train.labels[samples])
         assert batch.wait > 0
-        assert len(batch.views) == 2
+        assert len(batch.views) == 3
         for v, view in enumerate(batch.views):
             u = uniforms(3, epoch, samples, v)
-            expected = augment(data.train.pixels[samples], u, 32, (0.1, 0.4), True)
+            size, scale = views[v]
+            expected = augment(data.train.pixels[samples], u, size, scale, True)
             assert torch.allclose(view, expected, atol=1e-5)
             assert view.is_contiguous(memory_format=torch.channels_last)
 
@@ -2344,7 +2350,7 @@ def test_a_batch_has_the_planned_images_each_with_its_own_random_numbers(few_sha
 def test_images_without_labels_make_batches_without_labels(few_shapes):
     """SEED and MoCo could not be trained on a directory of images."""
     split = Split(pixels=draw_all_shapes(8, 0).pixels)
-    [batch] = train.batches(split, make_cfg("--batch-size", "8"), CPU, 1, [0])
+    [batch] = probe.batches(split, make_cfg("--batch-size", "8"), CPU, ONE_VIEW, [0])
     assert batch.labels is None
 
 
@@ -2519,7 +2525,7 @@ def slow_training(method, data, cfg, steps):
     weights = [p for p in method.parameters() if p.requires_grad]
     momenta = [torch.zeros_like(p) for p in weights]
     for step in range(steps):
-        epoch, samples = train.samples_of_step(step, len(data.train), cfg)
+        epoch, samples = probe.samples_of_step(step, len(data.train), cfg)
         views = []
         for v in range(method.views_per_image):
             u = uniforms(0, epoch, samples, v)
@@ -2963,7 +2969,7 @@ def test_kept_embeddings_are_the_teachers(quick, asked, teacher_file):
         runs[out] = last_checkpoint(out)["method"]
         assert len(asked) == calls, f"{out}: 6 steps, and none with a full cache"
         asked.clear()
-    rows = np.memmap("cache/z.float32", np.float32, "r+", shape=(2, 48, 32))
+    rows = np.memmap("cache/z.float32", np.float32, "r+", shape=(2, 48, 32))     # one view each
     whole = np.array(rows)
     assert np.allclose(np.linalg.norm(whole, axis=2), 1, atol=1e-5), "of each image in each epoch"
     data = load_data("shapes", subset=48)
@@ -2994,7 +3000,7 @@ def test_a_torn_row_is_computed_again(tmp_path, few_shapes):
     """A kill during the writing would leave numbers from which a student learns nonsense."""
     data = load_data("shapes", subset=96)
     cache, method = cache_of(tmp_path / "cache", data, SmallNetwork())
-    batch = next(train.batches(data.train, make_cfg(*TINY), CPU, 1, [7]))
+    batch = next(probe.batches(data.train, make_cfg(*TINY), CPU, ONE_VIEW, [7]))
     calls = []
     method.teacher.register_forward_hook(lambda *args: calls.append(1))
     whole = cache.targets(batch)
@@ -3029,12 +3035,12 @@ def test_a_cache_of_other_embeddings_is_refused(tmp_path, few_shapes, monkeypatc
     teacher = SmallNetwork()
     folder = tmp_path / "cache"
     cache, _ = cache_of(folder, data, teacher)
-    batch = next(train.batches(data.train, make_cfg(*TINY), CPU, 1, [7]))
+    batch = next(probe.batches(data.train, make_cfg(*TINY), CPU, ONE_VIEW, [7]))
     cache.targets(batch)
     kept = (folder / "z.float32").read_bytes()
     for flags, words in ((["--seed", "1"], "seed was 0, is 1"),
                          (["--subset", "95"], "subset was 96, is 95"),
-                         (["--image-size", "40"], "image_size was 32, is 40")):
+                         (["--image-size", "40"], "views was .*32.*, is .*40")):
         with pytest.raises(InputError, match=words):
             cache_of(folder, data, teacher, *flags)
     changed = dataclasses.replace(data, fingerprint="another")
@@ -3046,9 +3052,10 @@ def test_a_cache_of_other_embeddings_is_refused(tmp_path, few_shapes, monkeypatc
     method = SEED(SmallNetwork(), teacher, 64)
     with pytest.raises(InputError, match="precision was torch.float32, is torch.bfloat16"):
         train.TeacherCache(cfg, data, method, torch.bfloat16)
-    for name, value in (("crop_scale", (0.1, 1.0)), ("blur", True)):
+    for name, value, key in (("crop_scale", (0.1, 1.0), "views"), ("blur", True, "blur"),
+                             ("small_crops", 1, "views"), ("symmetric", True, "views")):
         other = argparse.Namespace(**{**vars(cfg), name: value})
-        with pytest.raises(InputError, match=f"{name} was .*, is .*name another folder"):
+        with pytest.raises(InputError, match=f"{key} was .*, is .*name another folder"):
             train.TeacherCache(other, data, method, torch.float32)
     assert (folder / "z.float32").read_bytes() == kept
     cache_of(folder, data, teacher, "--tau-t", "0.2", "--epochs", "3", "--lr", "0.5")
@@ -3547,7 +3554,7 @@ def test_two_processes_are_one_run(tmp_path, monkeypatch, few_shapes):
     # One process on the whole batch has the same queue: the teacher sees the same views.
     cfg, data, teacher = two_rank_setting()
     method = SEED(SmallNetwork(), teacher, 64)
-    for batch in train.batches(data.train, cfg, CPU, 1, range(3)):
+    for batch in probe.batches(data.train, cfg, CPU, ONE_VIEW, range(3)):
         method.after_step(method.targets(batch.views))
     before, after = [state["queue.features"] for state in one["seed"]]
     assert torch.allclose(after[:48], method.queue.features[:48], atol=1e-5)
@@ -3568,7 +3575,8 @@ def train_together(method, cfg, data):
     before = snapshot(method)
     model = train.compile_and_distribute(method, cfg)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
-    for batch in train.batches(data.train, cfg, CPU, method.views_per_image, range(3)):
+    views = ONE_VIEW * method.views_per_image
+    for batch in probe.batches(data.train, cfg, CPU, views, range(3)):
         targets = method.targets(batch.views)
         loss = method.loss(model(batch.views), targets)
         optimizer.zero_grad()

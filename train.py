@@ -10,17 +10,14 @@ it), log.csv, args.json, results.json, views.png, neighbors.png.
 """
 import argparse
 import csv
-import functools
 import hashlib
 import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import textwrap
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +26,12 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
-from torch.utils.data import DataLoader
 
-from probe import (DATASETS, SMALL, Parser, RandomCrops, evaluate, init_distributed,
-                   is_main_process, label_use, load_data, main_process_first, one_line, print0,
-                   print_table, save_views)
-from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, augment, load_teacher,
-                  rank_and_world_size, read_checkpoint, save_encoder, save_file, uniforms)
+from probe import (DATASETS, SMALL, Parser, batches, evaluate, init_distributed, is_main_process,
+                   label_use, load_data, main_process_first, print0, print_table, run_command,
+                   save_views)
+from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, describe, load_teacher,
+                  rank_and_world_size, read_checkpoint, save_encoder, save_file)
 
 METHOD_NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
 LOG_EVERY = 10                  # steps from one row of log.csv to the next
@@ -48,10 +44,12 @@ PAPER = dict(
     image_size=224, small_images=False, crop_scale=(0.2, 1.0), blur=True, dim=128, hidden_dim=None,
     epochs=200, warmup_epochs=5, batch_size=256, lr=0.03, weight_decay=1e-4, queue_size=65536,
     tau_s=0.2, tau_t=0.01, key_momentum=0.999, eval_every=10, teacher_arch="resnet50",
-    teacher_method="moco", teacher_epochs=200, view_epochs=None)
+    teacher_method="moco", teacher_epochs=200, view_epochs=None, symmetric=False, small_crops=0,
+    small_size=96, small_scale=(0.05, 0.14))
+SWAV = dict(crop_scale=(0.14, 1.0), small_crops=6)      # with such a teacher, above 64 px
 TO_64_PX = dict(
     image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, lr=0.1, queue_size=2048,
-    eval_every=5, teacher_arch="resnet18", teacher_epochs=12)
+    eval_every=5, teacher_arch="resnet18", teacher_epochs=12, small_size=16, small_scale=(0.1, 0.3))
 RECIPES = {
     "shapes": dict(TO_64_PX, epochs=14, teacher_epochs=8, teacher_method="supervised"),
     "cifar": dict(TO_64_PX, small_images=True, epochs=200, warmup_epochs=5, batch_size=256,
@@ -69,10 +67,11 @@ METHOD_CHANGES = {
     ("folder, to 64 px", "moco"): dict(lr=0.06, key_momentum=0.99),
 }
 NOT_INHERITED = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim",
-                 "view_epochs")                                 # flags of --method alone
+                 "view_epochs", "symmetric", "small_crops")     # flags of --method alone
 MAY_CHANGE_ON_RESUME = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps",
                         "compare", "compile", "teacher_cache", "profile")
-MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed")
+MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed",
+               "small_crops")
 
 
 def recipe_of(dataset, image_size):
@@ -94,6 +93,13 @@ def defaults(recipe, method):
 def parse_args(argv=None):
     """The flags as given; None where the recipe decides."""
     parser = Parser(description=__doc__, epilog=recipe_table())
+    add_experiment_flags(parser)
+    add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_experiment_flags(parser):
+    """Networks, teacher and data."""
     flag = parser.add_argument_group("what to train").add_argument
     flag("--method", choices=tuple(METHOD_NAMES), default="seed",
          help="seed distils; moco is the baseline and makes teachers; supervised uses the labels")
@@ -102,8 +108,10 @@ def parse_args(argv=None):
     flag("--hidden-dim", type=int, help="hidden width of the head; 0: none; default: the features'")
     flag("--small-images", action=argparse.BooleanOptionalAction,
          help="full resolution in the first layers, for 32-64 px: better and far slower; use a GPU")
+    flag("--init", metavar="FILE", help="weights to start from, such as an encoder.pt")
     flag = parser.add_argument_group("the teacher").add_argument
-    flag("--teacher", metavar="PATH_OR_URL", help="a checkpoint; without one, it is trained first")
+    flag("--teacher", metavar="PATH_OR_URL", help="a checkpoint, or hub:REPO:ENTRY of torch.hub, "
+         "which runs its code; without one, a teacher is trained first")
     flag("--teacher-arch", help="its network, where the file does not say; or the one to train")
     flag("--teacher-method", choices=("moco", "supervised"), help="how to train it")
     flag("--teacher-epochs", type=int, help="how long; a better teacher makes a better student")
@@ -113,8 +121,16 @@ def parse_args(argv=None):
     flag("--dataset", choices=DATASETS, default="shapes", help="shapes: drawn; folder: any images")
     flag("--data", default="data", metavar="DIR", help="where the images are; CIFAR is downloaded")
     flag("--image-size", type=int, help=f"side of a view; up to {SMALL} px, data stay in memory")
+    flag("--small-crops", type=int, metavar="N", help="also N views of small parts; the paper: 6")
+    flag("--small-size", type=int, help="their side")
+    flag("--symmetric", action=argparse.BooleanOptionalAction,
+         help="two views: the student's of one learns from the teacher's of the other")
     flag("--subset", type=int, metavar="N", help="train on N images, chosen by the seed")
     flag("--workers", type=int, help="processes that read from disk; raise it if the run waits")
+
+
+def add_run_flags(parser):
+    """How to train, and how to run."""
     flag = parser.add_argument_group("the optimization").add_argument
     flag("--epochs", type=int, help="passes over the data; small networks gain from more")
     flag("--max-steps", type=int, help="end each stage after so many; the schedule stays the same")
@@ -135,7 +151,6 @@ def parse_args(argv=None):
     flag("--eval-every", type=int, help="epochs from one kNN evaluation to the next; 0: none")
     flag("--compare", action="store_true", help="also train it by MoCo-v2 and with labels")
     flag("--profile", action="store_true", help="only time some steps, in parts")
-    return parser.parse_args(argv)
 
 
 def recipe_table():
@@ -160,8 +175,11 @@ def make_config(args, method, **changes):
         is_number = type(value) in (int, float)
         if is_number and (not 0 <= value < math.inf or (value == 0 and least == "above")):
             raise InputError(f"--{key.replace('_', '-')} must be {least} 0, got {value}")
-    if args.method != "seed" and (args.teacher or args.teacher_cache):
-        raise InputError("--teacher and --teacher-cache are for --method seed")
+    if args.method != "seed":
+        names = ("teacher", "teacher_cache", "small_crops", "symmetric")
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+        if given:
+            raise InputError(f"only for --method seed: {', '.join(given)}")
     cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 2)
     cfg.out = cfg.out or f"runs/{cfg.dataset}-{cfg.method}-{cfg.arch}"
     if cfg.workers is None:
@@ -169,83 +187,32 @@ def make_config(args, method, **changes):
     return cfg
 
 
-# ----------------------------------------------------------------------------------------- batches
-@dataclass
-class Batch:
-    """What one step of one process looks at."""
-    views: list                 # float [B, 3, S, S] each, on the device
-    labels: torch.Tensor        # int64 [B], or None
-    epoch: int                  # whose views they are
-    samples: np.ndarray         # int64 [B], the images' numbers
-    wait: float                 # seconds that it took to make
-
-
-@functools.lru_cache(maxsize=1)
-def epoch_order(seed, epoch, num_images):
-    """The order in which an epoch shows the images, int64 [N]."""
-    return np.random.default_rng((seed, epoch)).permutation(num_images)
-
-
-def samples_of_step(step, num_images, cfg, rank=0, world_size=1):
-    """What a step shows: the epoch of the views, and the numbers of this process's images [B].
-
-    Process r takes images r, r+R, ... of the global batch, so any number of processes sees the same
-    batches. With --view-epochs E epoch e has the views of epoch e mod E, in an order of its own."""
-    epoch, step_in_epoch = divmod(step, num_images // cfg.batch_size)
-    first = step_in_epoch * cfg.batch_size
-    batch = epoch_order(cfg.seed, epoch, num_images)[first:first + cfg.batch_size]
-    return epoch % (cfg.view_epochs or cfg.epochs), batch[rank::world_size]
-
-
-def images_in_memory(split, cfg, device, num_views, planned):
-    """Yield epoch, samples [B] and, for each view, uint8 [B, 3, H, W], which lie on the device."""
-    pixels = split.pixels.to(device)
-    for epoch, samples in planned:
-        index = torch.from_numpy(samples).to(device, non_blocking=True)
-        yield epoch, samples, [pixels[index]] * num_views
-
-
-def images_from_disk(split, cfg, device, num_views, planned):
-    """The same for images on disk, of which workers send crops, uint8 [B, 3, S, S]. What a worker
-    is asked for is (epoch, sample), and not an index alone: the crop depends on both."""
-    items = ([(epoch, int(sample)) for sample in samples] for epoch, samples in planned)
-    crops = RandomCrops(split.files, cfg.image_size, num_views, cfg.seed, cfg.crop_scale)
-    loader = DataLoader(crops, batch_sampler=items, num_workers=cfg.workers,
-                        pin_memory=device.type == "cuda")
-    for images, epoch, samples in loader:                       # images: uint8 [B, V, 3, S, S]
-        yield int(epoch[0]), samples.numpy(), images.to(device, non_blocking=True).unbind(1)
-
-
-def batches(split, cfg, device, num_views, steps):
-    """A Batch for each step. All that follows the crop happens on the device, a batch at once."""
-    planned = (samples_of_step(step, len(split), cfg, *rank_and_world_size()) for step in steps)
-    on_disk = split.pixels is None
-    read = images_from_disk if on_disk else images_in_memory
-    reader = read(split, cfg, device, num_views, planned)
-    scale = None if on_disk else cfg.crop_scale                 # from disk they are crops already
-    for _ in steps:
-        start = time.perf_counter()
-        with record_function("reading"):
-            epoch, samples, images = next(reader)
-        views = []
-        with record_function("augmentation"):
-            for view, pixels in enumerate(images):
-                u = uniforms(cfg.seed, epoch, samples, view)
-                x = augment(pixels, u, cfg.image_size, scale, cfg.blur)
-                views.append(x.contiguous(memory_format=torch.channels_last))
-        labels = split.labels
-        if labels is not None:
-            labels = labels[samples].to(device, non_blocking=True)
-        yield Batch(views, labels, epoch, samples, time.perf_counter() - start)
-
-
 # ---------------------------------------------------------------------------------------- the loop
-def build(cfg, data, device, teacher=None):
-    """The network to train, and the method around it, on the device; the same on every process."""
+def new_encoder(cfg):
+    """The network as it starts."""
     torch.manual_seed(cfg.seed)
     encoder = Encoder(cfg.arch, cfg.dim, cfg.hidden_dim, cfg.small_images, cfg.image_size)
+    if cfg.small_crops:
+        encoder.check_image_size(cfg.small_size)
+        encoder.check_image_size(cfg.image_size)
+    if cfg.init:
+        encoder.start_from(load_teacher(cfg.init, cfg.arch))
+    return encoder
+
+
+def view_plan(cfg):
+    """Side and crop scale of each view of an image."""
+    large = 2 if cfg.method == "moco" or cfg.symmetric else 1
+    small = [(cfg.small_size, cfg.small_scale)] * cfg.small_crops
+    return [(cfg.image_size, cfg.crop_scale)] * large + small
+
+
+def build(cfg, data, device, teacher=None):
+    """The network to train, and the method around it, on the device; the same on every process."""
+    encoder = new_encoder(cfg)
     if cfg.method == "seed":
-        method = SEED(encoder, teacher, cfg.queue_size, cfg.tau_s, cfg.tau_t)
+        method = SEED(encoder, teacher, cfg.queue_size, cfg.tau_s, cfg.tau_t, cfg.symmetric,
+                      cfg.small_crops)
     elif cfg.method == "moco":
         per_process = cfg.batch_size // rank_and_world_size()[1]
         bn_splits = max(1, min(8, per_process // 32))           # parts of about 32 images
@@ -312,7 +279,7 @@ def train(cfg, data, device, teacher=None):
     clock = Clock(seconds)
     rank, world_size = rank_and_world_size()
     steps = range(first_step, last_step)                        # of all epochs that are left
-    loader = batches(data.train, cfg, device, method.views_per_image, steps)
+    loader = batches(data.train, cfg, device, view_plan(cfg), steps)
     for step, batch in zip(steps, loader):
         lr = lr_at(step, cfg, steps_per_epoch)
         for group in optimizer.param_groups:
@@ -477,23 +444,31 @@ class RunFolder:
         if not is_due and time.perf_counter() - self.printed < 10:
             return
         self.printed = time.perf_counter()
+        large = row["loss"] - row.get("small_loss", 0)
+        small = f" + {row['small_loss']:.3f}" if "small_loss" in row else ""
         left = int((last_step - row["step"]) * self.cfg.batch_size / row["images_per_s"])
         copy = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
         knn = f"  kNN {row['knn']:.1f}%" if row["knn"] is not None else ""
         print(f"{row['step'] / last_step:4.0%}  epoch {row['epoch']:.1f}/{self.cfg.epochs}  "
-              f"loss {row['loss']:.3f}{copy}  lr {row['lr']:.3g}  "
+              f"loss {large:.3f}{copy}{small}  lr {row['lr']:.3g}  "
               f"{row['images_per_s']:.0f} images/s  waiting {row['waiting']:.0%}  "
               f"ETA {left // 60}:{left % 60:02d}{knn}", flush=True)
 
     def save(self, steps_done, epochs, seconds):
         """Write encoder.pt, then last.pt: a run that calls itself finished has its encoder."""
         provenance = f"{METHOD_NAMES[self.cfg.method]}, {epochs:.4g} epochs on {self.data.name}"
-        used_labels = self.cfg.method == "supervised"
+        labels = [self.cfg.method == "supervised", self.encoder.used_labels]    # at the start
+        if self.cfg.init:
+            provenance += f", started from: {self.encoder.provenance}"
         if self.teacher:
             provenance += f", teacher: {self.teacher.provenance}"
-            used_labels = self.teacher.used_labels
+            labels.append(self.teacher.used_labels)
+        used_labels = None if None in labels else False
+        if True in labels:
+            used_labels = True
         save_encoder(Path(self.cfg.out, "encoder.pt"), self.encoder, provenance, used_labels)
-        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state = describe(self.encoder, provenance, used_labels)
+        state.update({name: part.state_dict() for name, part in self.parts.items()})
         state["method"] = {name: value for name, value in state["method"].items()
                            if not name.startswith("teacher.")}  # frozen: its fingerprint will do
         state.update(step=steps_done, seconds=seconds, identity=self.identity)
@@ -501,18 +476,19 @@ class RunFolder:
 
 
 class TeacherCache:
-    """The teacher's embeddings of views, kept in DIR/z.float32 [E, N, D] for the next student: a
+    """The teacher's embeddings of views, kept in DIR/z.float32 [E, N, V, D] for the next student: a
     view depends on (seed, epoch, image) alone. A row whose norm is not 1 was never written, or half
     written at a kill: it is computed. DIR/fingerprint.pt tells whose embeddings these are."""
 
     def __init__(self, cfg, data, method, dtype):
         self.method = method
         path = Path(cfg.teacher_cache)
-        keys = ("dataset", "data_fingerprint", "seed", "subset", "image_size", "crop_scale", "blur")
+        keys = ("dataset", "data_fingerprint", "seed", "subset", "blur")
         current = {key: value for key, value in run_identity(cfg, data).items() if key in keys}
-        current.update(teacher=fingerprint(method.teacher), precision=str(dtype))
+        current.update(teacher=fingerprint(method.teacher), precision=str(dtype),
+                       views=view_plan(cfg))
         epochs = min(cfg.view_epochs or cfg.epochs, cfg.epochs)
-        shape = (epochs, len(data.train), method.teacher.dim)
+        shape = (epochs, len(data.train), method.views_per_image, method.teacher.dim)
         with main_process_first():
             path.mkdir(parents=True, exist_ok=True)
             if not (path / "z.float32").exists():
@@ -527,12 +503,14 @@ class TeacherCache:
             self.rows = np.memmap(path / "z.float32", np.float32, "r+", shape=shape)
 
     def targets(self, batch):
-        """The teacher's embeddings [B, D] for a Batch; from the disk if all of them are there."""
-        kept = torch.from_numpy(self.rows[batch.epoch, batch.samples])     # [B, D]
-        if ((kept.norm(dim=1) - 1).abs() < 1e-4).all():
+        """As `SEED.targets`, for a Batch; from the disk if all of them are there."""
+        kept = torch.from_numpy(self.rows[batch.epoch, batch.samples])     # [B, V, D]
+        if ((kept.norm(dim=2) - 1).abs() < 1e-4).all():
+            kept = kept.transpose(0, 1).flatten(0, 1)           # [V*B, D]
             return kept.to(batch.views[0].device, non_blocking=True)
-        z_t = self.method.targets(batch.views)                  # [B, D]
-        self.rows[batch.epoch, batch.samples] = z_t.cpu().numpy()
+        z_t = self.method.targets(batch.views)                  # [V*B, D]
+        by_image = z_t.unflatten(0, (len(batch.views), -1)).transpose(0, 1)
+        self.rows[batch.epoch, batch.samples] = by_image.cpu().numpy()
         return z_t
 
 
@@ -559,7 +537,8 @@ def fit_to_data(cfg, data):
         raise InputError(f"the run's folder {cfg.out} would lie among the images of {cfg.data}; "
                          "name another --out")
     identity = run_identity(cfg, data)
-    del identity["dim"]                                         # a student takes its teacher's
+    for name in ("dim", *SWAV):                                 # not known before the teacher is
+        del identity[name]
     if not cfg.profile:
         read_last(cfg.out, identity)                            # is the folder another run's?
 
@@ -575,6 +554,14 @@ def get_teacher(args, cfg, data, device):
             path, seconds = train_teacher(args, cfg, data, device)
         with main_process_first():
             teacher = load_teacher(path, args.teacher_arch)
+        if teacher.multi_crop and recipe_of(args.dataset, args.image_size) == "imagenet, folder":
+            vars(cfg).update(SWAV)
+            if args.small_crops is not None:
+                cfg.small_crops = args.small_crops
+            print0(f"a teacher of SwAV's kind: crop scale {cfg.crop_scale}, as in its training, "
+                   f"and {cfg.small_crops} small crops (--small-crops)")
+        if cfg.small_crops:
+            teacher.check_image_size(cfg.small_size)
         teacher.check_image_size(cfg.image_size)
     if args.dim and args.dim != teacher.dim:
         raise InputError(f"--dim {args.dim}: the teacher's embeddings have {teacher.dim} numbers, "
@@ -588,7 +575,7 @@ def train_teacher(args, cfg, data, device):
         raise InputError("no --teacher: use a published one, such as MoCo-v2's (README has the "
                          "address), or train one for days, by --method moco --arch resnet50")
     teacher_cfg = make_config(args, cfg.teacher_method, arch=cfg.teacher_arch, dim=cfg.dim,
-                              hidden_dim=None, epochs=cfg.teacher_epochs)
+                              epochs=cfg.teacher_epochs, init=None)
     identity = json.dumps([run_identity(teacher_cfg, data), cfg.max_steps], sort_keys=True)
     name = f"{cfg.dataset}-{cfg.teacher_method}-{cfg.teacher_arch}"
     teacher_cfg.out = f"runs/teachers/{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
@@ -611,7 +598,8 @@ def print_settings(cfg, data):
     text = " ".join(f"{key}={value}" for key, value in settings.items())
     print0(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
     entries = len(data.classes) if cfg.method == "supervised" else cfg.queue_size + 1
-    print0(f"  chance among {entries:,} entries: a loss of {math.log(entries):.2f}")
+    small = ", and as much of the small crops" if cfg.small_crops else ""
+    print0(f"  chance among {entries:,} entries: a loss of {math.log(entries):.2f}{small}")
 
 
 def profile(cfg, data, device, teacher):
@@ -619,8 +607,7 @@ def profile(cfg, data, device, teacher):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")             # its log lines say nothing here
     profiler = torch.profiler.profile()
     with tempfile.TemporaryDirectory() as folder, profiler:
-        settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0,
-                    "teacher_cache": None}
+        settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0}
         train(argparse.Namespace(**settings), data, device, teacher)
     networks = ("teacher", "student", "backward", "update")
     stages = ("reading", "augmentation", "loss", *networks)
@@ -652,9 +639,9 @@ def main(argv=None):
         data = load_data(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
     print0(f"{data}; {rank_and_world_size()[1]} process(es) on {device.type}, networks in "
            f"{network_dtype(cfg, device)}, frozen: {network_dtype(cfg, device, frozen=True)}")
-    torch.manual_seed(cfg.seed)             # below: a network that cannot be used fails early
-    untrained = Encoder(cfg.arch, cfg.dim, cfg.hidden_dim, cfg.small_images, cfg.image_size)
-    rows = [dict(name=f"{cfg.arch}, untrained", encoder=untrained, seconds=None)]
+    untrained = new_encoder(cfg)            # a network that cannot be used fails early
+    state = "as it starts" if cfg.init else "untrained"
+    rows = [dict(name=f"{cfg.arch}, {state}", encoder=untrained, seconds=None)]
     students = [cfg]
     if args.compare:
         rivals = ["moco", "supervised"] if data.classes else ["moco"]
@@ -685,16 +672,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        if not is_main_process():                               # let the main process say it first:
-            time.sleep(5)                                       # it ends this one, too
-        print(one_line(e), file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory; lower --batch-size or --image-size, or --precision bf16")
-    except OSError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command resumes from the last full epoch")
+    run_command(main)
