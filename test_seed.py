@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import runpy
 import shlex
@@ -564,6 +565,72 @@ def test_seed_shows_the_same_view_to_both_and_moves_the_queue_only_afterwards():
     assert method.diagnostics(z_s, z_t)["queue_filled"] == 0.25
 
 
+def test_symmetric_views_are_each_compared_with_the_teachers_of_the_other():
+    """With its own view twice, the two views would be nothing but a larger batch."""
+    student = SmallNetwork()
+    teacher = SmallNetwork().eval()
+    x = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    method = SEED(student, teacher, queue_size=16, tau_s=0.3, tau_t=0.07, symmetric=True)
+    assert method.views_per_image == 2
+    z_t = method.targets(x)
+    z_s = method(x)
+    both = copy.deepcopy(student).train()(torch.cat(x))                 # batch norm over both
+    queue = method.queue.features.clone()
+    expected = (seed_loss(both[:4], teacher(x[1]), queue, 0.3, 0.07)
+                + seed_loss(both[4:], teacher(x[0]), queue, 0.3, 0.07)) / 2
+    assert torch.isclose(method.loss(z_s, z_t), expected)
+    found = method.diagnostics(z_s, z_t)
+    assert torch.isclose(found["kl"] + found["entropy"], expected, atol=1e-6)
+    method.after_step(z_t)
+    assert torch.allclose(method.queue.features[:4], teacher(x[0]), atol=1e-6)
+    assert torch.equal(method.queue.features[4:], queue[4:]), "one view of an image, not both"
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_small_crops_have_a_queue_of_their_own_and_their_loss_is_added(symmetric):
+    """In one queue with whole images they would be told apart by their scale; and with six of an
+    image in it, five of six entries would show the same few images."""
+    student = SmallNetwork()
+    teacher = SmallNetwork().eval()
+    large = [torch.randn(4, 3, 12, 12) for _ in range(1 + symmetric)]
+    small = [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    method = SEED(student, teacher, 16, 0.3, 0.07, symmetric, small_crops=3)
+    assert method.views_per_image == len(large) + 3
+    queues = [method.queue.features.clone(), method.small_queue.features.clone()]
+    assert not torch.equal(*queues)
+    z_t = method.targets(large + small)
+    z_s = method(large + small)
+    assert z_t.shape == z_s.shape == (4 * method.views_per_image, 8)
+    reference = copy.deepcopy(student).train()
+    z_large = reference(torch.cat(large)).split(4)
+    z_small = reference(torch.cat(small)).split(4)
+    losses = [seed_loss(z, teacher(x), queues[0], 0.3, 0.07) for z, x in zip(z_large, large[::-1])]
+    small_losses = [seed_loss(z, teacher(x), queues[1], 0.3, 0.07) for z, x in zip(z_small, small)]
+    expected = sum(losses) / len(large) + sum(small_losses) / 3
+    assert torch.isclose(method.loss(z_s, z_t), expected)
+    found = method.diagnostics(z_s, z_t)
+    assert torch.isclose(found["small_loss"], sum(small_losses) / 3)
+    assert torch.isclose(found["kl"] + found["entropy"] + found["small_loss"], expected, atol=1e-6)
+    method.after_step(z_t)
+    for queue, before, view in ((method.queue, queues[0], large[0]),
+                                (method.small_queue, queues[1], small[0])):
+        assert torch.allclose(queue.features[:4], teacher(view), atol=1e-6)
+        assert torch.equal(queue.features[4:], before[4:])
+    method.loss(z_s, z_t).backward()
+    assert student.head.weight.grad.abs().sum() > 0
+
+
+def test_views_of_one_size_pass_a_network_together():
+    """One by one they would take far longer, and batch norm would see fewer images."""
+    sizes = []
+    network = SmallNetwork()
+    network.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape))
+    views = [torch.randn(2, 3, size, size) for size in (12, 8, 8, 8)]
+    z = seed.embed(network.eval(), views)
+    assert sizes == [(2, 3, 12, 12), (6, 3, 8, 8)]
+    assert torch.allclose(z, torch.cat([network(view) for view in views]), atol=1e-6)
+
+
 def test_seed_logs_the_diagnostics_of_its_own_queue_and_temperatures():
     """Diagnostics of other temperatures than the run's would mislead whoever sets them by these."""
     method = SEED(SmallNetwork(), SmallNetwork(), queue_size=16, tau_s=0.3, tau_t=0.07)
@@ -937,6 +1004,16 @@ def test_features_are_those_of_torchvision():
     assert torch.allclose(theirs.fc(ours.features(x)), theirs(x), atol=1e-5)
 
 
+def test_a_network_of_ones_own_becomes_an_encoder():
+    """Coursework trains networks that torchvision does not have."""
+    network = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder = Encoder("mine", dim=5, image_size=16, backbone=network)
+    assert encoder.feature_dim == 7
+    assert encoder(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+    with pytest.raises(InputError, match="mine cannot be an encoder at 16 px: .*more than one"):
+        Encoder("mine", image_size=16, backbone=network[:2])
+
+
 def side_before_the_end(encoder):
     """Side of the map behind the last convolution that sees more than one pixel; images: 32 px."""
     sides = []
@@ -1169,21 +1246,26 @@ def test_a_moco_file_that_is_not_whole_is_an_error(tmp_path):
     conv = whole["state_dict"][f"{query}conv1.0.weight"]
     one_nan = conv.clone()
     one_nan[3, 1, 0, 2] = math.nan
-    assert 'Missing key(s) in state_dict: "backbone.conv5.0.weight"' in refused(
-        {}, drop="conv5.0.weight")
-    assert "projection head is missing (no module.encoder_q.fc.2." in refused({}, drop=".fc.")
-    assert 'Missing key(s) in state_dict: "head.0.bias"' in refused({}, drop="encoder_q.fc.0.bias")
+    message = refused({}, drop="conv5.0.weight")
+    assert "279 of 280 keys are there, under 'state_dict.module.encoder_q.'" in message
+    assert "without conv5.0.weight; it holds state_dict.module.encoder_q." in message
+    assert "a bias is missing" in refused({}, drop="encoder_q.fc.0.bias")
+    assert "a bias is missing" in refused({}, drop="encoder_q.fc.2.bias")
+    assert 'Missing key(s) in state_dict: "head.2.weight"' in refused({}, drop="q.fc.2.weight")
     assert "conv1.0.weight has numbers that are not finite" in refused(
         {f"{query}conv1.0.weight": one_nan})
     message = refused({f"{query}conv1.0.weight": conv[..., 0]})
     assert "size mismatch for backbone.conv1.0.weight" in message
     message = refused({f"{query}conv1.0.weight": 3})
-    assert "backbone.conv1.0.weight" in message
-    message = refused({f"{query}layer5.weight": torch.zeros(3)})
-    assert 'Unexpected key(s) in state_dict: "backbone.layer5.weight"' in message
-    message = refused({"decoder.weight": torch.zeros(3)}, drop="conv5.0.weight")
-    assert 'Unexpected key(s) in state_dict: "decoder.weight"' in message
-    assert 'Missing key(s) in state_dict: "backbone.conv5.0.weight"' in message
+    assert "no part of torchvision's" in message                       # the whole one is encoder_k
+    message = refused({f"{query}conv1.0.weight": conv.long()})
+    assert "backbone.conv1.0.weight is torch.int64, not torch.float32" in message
+    for name in (f"{query}conv5.2.weight", f"{query}layer5.weight", "decoder.weight"):
+        message = refused({name: torch.zeros(3)})
+        assert f"weights that are no part of torchvision's {arch} or its head" in message
+        assert name.removesuffix("weight") in message
+    message = refused({"decoder.weight": torch.zeros(3)}, drop="q.conv5.0.weight")
+    assert "280 of 280" not in message
 
 
 def test_a_file_of_another_network_is_an_error(tmp_path):
@@ -1192,33 +1274,45 @@ def test_a_file_of_another_network_is_an_error(tmp_path):
     arch = "shufflenet_v2_x0_5"
     whole = moco_file(moco_network(arch, version=2), arch)
     torch.save(whole, path)
-    assert f"holds a {arch}, not a resnet50" in refusal(path, "resnet50")
+    assert "does not fit torchvision's resnet50: 0 of 265 keys" in refusal(path, "resnet50")
     torch.save({**whole, "arch": "shufflenet_v2_x1_0"}, path)
     assert "does not fit a shufflenet_v2_x1_0: size mismatch for backbone." in refusal(path)
-    renamed = {f"other.{k}": v for k, v in whole["state_dict"].items()}
-    torch.save({**whole, "state_dict": renamed}, path)
+    torch.save({**whole, "arch": "someones_net"}, path)
     message = refusal(path)
-    assert 'Missing key(s) in state_dict: "backbone.conv1.0.weight"' in message
-    assert "Unexpected key(s) in state_dict: " in message
-    assert "other.module.encoder_" in message                           # what it does hold
+    assert "does not say which network it is, and holds no whole ResNet but state_dict." in message
+    torch.save({"epoch": 1, "state_dict": {"foo.weight": torch.zeros(3)}}, path)
+    message = refusal(path, "resnet18")
+    assert "0 of 100 keys are there, under '', without conv1.weight" in message
+    assert message.endswith("it holds state_dict.foo.weight")            # what it does hold
 
 
 def test_what_is_no_checkpoint_is_an_error_in_one_line(tmp_path):
     """A traceback would not say which file it is about, or what to do."""
     path = tmp_path / "file.pth"
-    for content in (torch.zeros(3), {"state_dict": None}, {"state_dict": {1: torch.zeros(3)}}):
+    torch.save(torch.zeros(3), path)
+    assert f"{path} is not a checkpoint" in refusal(path)
+    for content in ({"state_dict": None}, {"state_dict": {1: torch.zeros(3)}}, {}):
         torch.save(content, path)
-        assert f"{path} is not a checkpoint" in refusal(path, "shufflenet_v2_x0_5")
-    save_encoder(path, Encoder("shufflenet_v2_x0_5"), "made by a test", False)
+        assert f"{path} does not fit torchvision's {ARCH}: 0 of 280" in refusal(path, ARCH)
+        assert "does not say which network it is" in refusal(path)
+    save_encoder(path, Encoder(ARCH), "made by a test", False)
     whole = torch.load(path, weights_only=True)
-    for name in ("arch", "dim", "hidden_dim", "small_images", "image_size", "backbone", "head"):
+    for name in ("dim", "hidden_dim", "small_images", "image_size"):
         torch.save({k: v for k, v in whole.items() if k != name}, path)
-        assert f"{path} is not a whole encoder.pt" in refusal(path, whole["arch"])
-    for name in ("backbone", "head"):
-        torch.save({**whole, name: [1, 2]}, path)
         assert f"{path} is not a whole encoder.pt" in refusal(path)
+    torch.save({**whole, "backbone": [1, 2]}, path)
+    assert "0 of 280 keys" in refusal(path)
+    torch.save({**whole, "head": [1, 2]}, path)
+    assert 'Missing key(s) in state_dict: "head.0.weight"' in refusal(path)
     path.write_bytes(path.read_bytes()[:300])
     assert f"cannot read {path}: " in refusal(path)
+    for content, words in ((b"<!DOCTYPE html><html>no quota left</html>", "it is a web page"),
+                           (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+                           (pickle.dumps({"state_dict": 1}), "torch.save did not write it"),
+                           (b"", "EOFError")):
+        path.write_bytes(content)
+        assert f"cannot read {path}: " in refusal(path)
+        assert words in refusal(path)
     assert f"no such file: {tmp_path / 'nothing.pth'}" in refusal(tmp_path / "nothing.pth")
 
 
@@ -1233,25 +1327,293 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     """Checkpoints are passed on by strangers."""
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": RunsACommand()}, "file.pth")
-    assert "cannot read file.pth" in refusal("file.pth", "resnet18")
+    message = refusal("file.pth", "resnet18")
+    assert re.match(r"cannot read file.pth: it holds a (posix|nt).system, which could run", message)
     assert not Path("exploded").exists()
 
 
-def test_a_checkpoint_from_an_address_cannot_run_code_either(monkeypatch):
-    """And two teachers whose addresses end alike must not be taken for each other."""
+def test_a_checkpoint_from_an_address_is_downloaded_once(tmp_path, monkeypatch):
+    """It cannot run code either, and two teachers whose addresses end alike must not be taken for
+    each other."""
     asked = []
+    files = {"https://a.org/teacher.pth": {"from": "a"}, "http://b.org/teacher.pth": {"from": "b"},
+             "https://c.org/teacher.pth": RunsACommand()}
 
-    def download(url, **options):
-        asked.append(options)
-        return {"from": url}
+    def download(url, path):
+        asked.append(url)
+        torch.save(files[url], path)
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
-    for address in ("https://a.org/teacher.pth", "http://b.org/teacher.pth"):
-        assert seed.read_checkpoint(address) == {"from": address}
-    assert [options["weights_only"] for options in asked] == [True, True]
-    assert [options["map_location"] for options in asked] == ["cpu", "cpu"]
-    assert asked[0]["file_name"] != asked[1]["file_name"]
-    assert all(options["file_name"].endswith("-teacher.pth") for options in asked)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    for _ in range(2):
+        for address in ("https://a.org/teacher.pth", "http://b.org/teacher.pth"):
+            assert seed.read_checkpoint(address) == files[address]
+    assert asked == list(files)[:2]
+    with pytest.raises(InputError, match="which could run code"):
+        load_teacher("https://c.org/teacher.pth")
+    assert not Path("exploded").exists()
+
+
+def mlp(*layers):
+    """A head in the notation of its authors' papers: widths, "bn" and "relu"."""
+    modules = []
+    for layer in layers:
+        if layer == "relu":
+            modules.append(nn.ReLU())
+        elif layer == "bn":
+            modules.append(nn.BatchNorm1d(modules[-1].out_features))
+        elif layer == "plain bn":
+            modules.append(nn.BatchNorm1d(modules[-1].out_features, affine=False))
+        else:
+            modules.append(nn.Linear(*layer[:2], bias=len(layer) == 2))
+    head = nn.Sequential(*modules)
+    for module in head:
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return head.eval()
+
+
+def under(prefix, weights):
+    """A state dict with longer names."""
+    return {prefix + name: value for name, value in weights.items()}
+
+
+ARGS = argparse.Namespace(arch="resnet18", lr=0.1)
+TWO_LAYERS = mlp((512, 512), "relu", (512, 128))
+SWAV_HEAD = mlp((512, 96), "bn", "relu", (96, 32))
+SIMSIAM_HEAD = mlp((512, 64, "no bias"), "bn", "relu", (64, 64, "no bias"), "bn", "relu", (64, 64),
+                   "plain bn")
+MOCO_V3_HEAD = mlp((512, 64, "no bias"), "bn", "relu", (64, 32, "no bias"), "plain bn")
+BARLOW_HEAD = mlp((512, 64, "no bias"), "bn", "relu", (64, 48, "no bias"))
+OTHER = {name: torch.randn_like(value.float()) for name, value in
+         torchvision.models.resnet18(weights=None).state_dict().items()
+         if "fc." not in name and "num_batches" not in name}
+DINO_HEAD = {"head.mlp.0.weight": torch.randn(64, 512), "head.mlp.0.bias": torch.randn(64),
+             "head.mlp.2.weight": torch.randn(32, 64), "head.mlp.2.bias": torch.randn(32),
+             "head.last_layer.weight_g": torch.ones(90, 1),
+             "head.last_layer.weight_v": torch.randn(90, 32)}
+CLASSES = {"fc.weight": torch.randn(10, 512), "fc.bias": torch.randn(10)}
+OPTIMIZER = {"state": {0: {"momentum_buffer": torch.randn(3)}}, "param_groups": [{"lr": 0.1}]}
+
+
+def numbered(weights):
+    """The names of nn.Sequential(*list(resnet18().children())[:-1])."""
+    order = [name for name, _ in torchvision.models.resnet18().named_children()]
+    return {f"{order.index(name.split('.')[0])}.{name.split('.', 1)[1]}": value
+            for name, value in weights.items()}
+
+
+LAYOUTS = {         # name: file of a backbone's weights w, the head in it, the prefix
+    "MoCo v1": (lambda w, h: dict(arch="resnet18", state_dict={
+        **under("module.encoder_q.", {**w, **under("fc.", h)}),
+        **under("module.encoder_k.", {**OTHER, **under("fc.", h)}),
+        "module.queue": torch.randn(128, 64), "module.queue_ptr": torch.zeros(1).long()}),
+        nn.Linear(512, 128), "state_dict.module.encoder_q."),
+    "MoCo v2 without module.": (lambda w, h: dict(state_dict=under("encoder_q.", {
+        **w, **under("fc.", h)}), optimizer=OPTIMIZER), TWO_LAYERS, "state_dict.encoder_q."),
+    "SwAV": (lambda w, h: {**under("module.", w), **under("module.projection_head.", h),
+                           "module.prototypes.weight": torch.randn(30, 32)}, SWAV_HEAD, "module."),
+    "SwAV, several prototypes": (lambda w, h: {
+        **w, **under("projection_head.", h), "prototypes.prototypes0.weight": torch.randn(30, 128),
+        "prototypes.prototypes1.weight": torch.randn(30, 128)}, TWO_LAYERS, ""),
+    "SimCLR": (lambda w, h: dict(model=under("module.module.module.", {**w, **under("fc.", h)})),
+               SWAV_HEAD, "model.module.module.module."),
+    "a backbone": (lambda w, h: dict(w), None, ""),
+    "DINO": (lambda w, h: dict(
+        student=under("module.", {**under("backbone.", OTHER), **DINO_HEAD}), args=ARGS, epoch=3,
+        teacher={**under("backbone.", w), **DINO_HEAD}, optimizer=OPTIMIZER), None,
+        "teacher.backbone."),
+    "Barlow Twins": (lambda w, h: dict(epoch=1, model={
+        **under("module.backbone.", w), **under("module.projector.", h),
+        "module.bn.running_mean": torch.zeros(48), "module.bn.running_var": torch.ones(48),
+        "module.bn.num_batches_tracked": torch.tensor(3)}), BARLOW_HEAD, "model.module.backbone."),
+    "MoCo v3": (lambda w, h: dict(arch="resnet18", state_dict={
+        **under("module.base_encoder.", {**w, **under("fc.", h)}),
+        **under("module.momentum_encoder.", {**OTHER, **under("fc.", h)}),
+        "module.predictor.0.weight": torch.randn(3, 3)}), MOCO_V3_HEAD,
+        "state_dict.module.base_encoder."),
+    "SimSiam": (lambda w, h: dict(arch="resnet18", state_dict={
+        **under("module.encoder.", {**w, **under("fc.", h)}),
+        **under("module.predictor.", TWO_LAYERS.state_dict())}), SIMSIAM_HEAD,
+        "state_dict.module.encoder."),
+    "a SEED student": (lambda w, h: dict(state_dict={
+        **under("module.student.", {**w, **under("fc.", h)}),
+        **under("module.teacher.", {**OTHER, **under("fc.", h)}), "module.queue": torch.ones(9)}),
+        TWO_LAYERS, "state_dict.module.student."),
+    "torchvision's reference": (lambda w, h: dict(model={**w, **CLASSES}, optimizer=OPTIMIZER,
+                                                  epoch=3, args=ARGS), None, "model."),
+    "numbers of NumPy": (lambda w, h: dict(
+        state_dict={**w, **CLASSES}, best=np.float64(71.2), epoch=np.int64(3), top1=np.float32(1),
+        history=np.zeros(3)), None, "state_dict."),
+    "a name under model": (lambda w, h: dict(model="resnet18", state_dict={**w, **CLASSES}), None,
+                           "state_dict."),
+    "compiled": (lambda w, h: dict(model=under("_orig_mod.", w)), None, "model._orig_mod."),
+    "lightly's MoCo": (lambda w, h: {
+        **under("backbone.", numbered(w)), **under("backbone_momentum.", numbered(OTHER)),
+        **under("projection_head.layers.", h), **under("projection_head_momentum.layers.", h)},
+        TWO_LAYERS, "backbone."),
+    "solo-learn's BYOL": (lambda w, h: dict(epoch=1, state_dict={
+        **under("backbone.", w), **under("momentum_backbone.", OTHER), **under("projector.", h),
+        **under("momentum_projector.", h), **under("predictor.", h),
+        **under("classifier.", {"weight": torch.ones(10, 512), "bias": torch.ones(10)})}),
+        SWAV_HEAD, "state_dict.backbone."),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_published_layout_becomes_the_network_that_its_authors_evaluate(tmp_path, name):
+    """A backbone under another prefix, the slow copy in place of the trained one, or a head that is
+    left out or rebuilt otherwise: each would teach something else, and nothing would tell."""
+    file, head, prefix = LAYOUTS[name]
+    network = moco_network("resnet18", version=1)
+    network.fc = nn.Identity()
+    head_weights = head.state_dict() if head else {}
+    torch.save(file(network.state_dict(), head_weights), tmp_path / "file.pth")
+    teacher = load_teacher(tmp_path / "file.pth")
+    x = torch.randn(2, 3, 64, 64)
+    expected = network(x) if head is None else head(network(x))
+    assert torch.allclose(teacher(x), F.normalize(expected, dim=1), atol=1e-5)
+    assert torch.allclose(teacher.features(x), network(x), atol=1e-5)
+    assert teacher.dim == expected.shape[1]
+    assert teacher.arch == "resnet18"
+    assert f"weights under '{prefix}'" in teacher.provenance
+    assert teacher.provenance.endswith("matched 120/120 backbone keys")
+    assert teacher.used_labels is (False if head else None)
+    assert teacher.multi_crop == name.startswith("SwAV")
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+class SwavResNet(torchvision.models.ResNet):
+    """A ResNet of another width, whose first convolution pads in two steps: an independent
+    reference for SwAV's wide ResNets."""
+
+    def __init__(self, block, counts, factor):
+        super().__init__(block, counts)
+        self.inplanes = 64 * factor
+        self.conv1 = nn.Conv2d(3, 64 * factor, 7, stride=2, padding=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(64 * factor)
+        for i, count in enumerate(counts):
+            layer = self._make_layer(block, 64 * factor * 2**i, count, stride=min(i, 1) + 1)
+            setattr(self, f"layer{i + 1}", layer)
+        self.fc = nn.Identity()
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("arch, block, counts, factor", [
+    ("resnet18", "BasicBlock", [2, 2, 2, 2], 1), ("resnet18w2", "BasicBlock", [2, 2, 2, 2], 2),
+    ("resnet34w3", "BasicBlock", [3, 4, 6, 3], 3), ("resnet50w2", "Bottleneck", [3, 4, 6, 3], 2),
+    ("resnet101", "Bottleneck", [3, 4, 23, 3], 1)])
+def test_depth_and_width_are_read_off_the_weights(tmp_path, arch, block, counts, factor):
+    """The teacher of the paper's best rows, a SwAV ResNet-50x2, is no network of torchvision's."""
+    network = SwavResNet(getattr(torchvision.models.resnet, block), counts, factor).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    width = 64 * 8 * factor * (4 if block == "Bottleneck" else 1)
+    head = mlp((width, 16), "relu", (16, 8))                            # SwAV's w5: no batch norm
+    torch.save({**under("module.", network.state_dict()),
+                **under("module.projection_head.", head.state_dict())}, tmp_path / "swav.pth")
+    x = torch.randn(2, 3, 64, 64)
+    for flag in (None, arch, arch.split("w")[0]):
+        teacher = load_teacher(tmp_path / "swav.pth", flag)
+        assert teacher.arch == arch
+        assert teacher.feature_dim == width
+        expected = F.normalize(head(network(x)), dim=1)
+        assert torch.allclose(teacher(x), expected, atol=1e-5), flag
+
+
+def test_the_stem_is_read_off_the_weights(tmp_path):
+    """A teacher trained on CIFAR has a 3x3 convolution and no max-pool in front."""
+    network = torchvision.models.resnet18(weights=None).eval()
+    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    torch.save(network.state_dict(), tmp_path / "cifar.pth")
+    network.fc = nn.Identity()
+    x = torch.randn(2, 3, 32, 32)
+    teacher = load_teacher(tmp_path / "cifar.pth")
+    assert teacher.small_images
+    assert torch.allclose(teacher.features(x), network(x), atol=1e-5)
+
+
+def test_a_file_that_leaves_a_choice_is_refused(tmp_path):
+    """Which of two networks, or of two heads? One of them would be taken without a word."""
+    path = tmp_path / "file.pth"
+    torch.save(dict(model=OTHER, model_ema=OTHER), path)
+    assert "holds several networks, under ['model.', 'model_ema.']; keep one" in refusal(path)
+    heads = {**under("one.", TWO_LAYERS.state_dict()), **under("two.", TWO_LAYERS.state_dict())}
+    torch.save({**OTHER, **heads}, path)
+    assert "no part of torchvision's resnet18 or its head, such as one., two." in refusal(path)
+    torch.save({**OTHER, "norm.0.weight": torch.ones(512), "norm.0.bias": torch.ones(512)}, path)
+    assert "does not fit a resnet18: size mismatch for head.0.weight" in refusal(path)
+    wide = {**OTHER, **under("fc.", mlp((99, 16), "relu", (16, 8)).state_dict())}
+    torch.save(wide, path)
+    assert "does not fit a resnet18: size mismatch for head.0.weight" in refusal(path)
+
+
+def test_students_of_the_authors_that_are_other_networks_are_refused(tmp_path):
+    """Their MobileNet is not torchvision's; its teacher, in the same file, must not slip in."""
+    path = tmp_path / "student.pth"
+    blocks = {"blocks.0.weight": torch.ones(3, 3), "stem.weight": torch.ones(3, 3)}
+    state = {**under("module.student.", blocks), **under("module.teacher.", OTHER)}
+    torch.save(dict(arch="mobilenetv3_large_", state_dict=state), path)
+    assert "no part of torchvision's resnet18" in refusal(path)
+    torch.save(dict(arch="mobilenet_v3_large", state_dict=state), path)
+    assert "does not fit torchvision's mobilenet_v3_large: 0 of " in refusal(path)
+
+
+def test_the_last_checkpoint_of_a_run_is_a_teacher_too(quick, teacher_file):
+    """Whoever kept last.pt alone would have to train again."""
+    x = torch.randn(2, 3, 32, 32)
+    for method in ("seed", "moco", "supervised"):
+        flags = ["--method", method, "--arch", ARCH, "--out", method, *TINY]
+        train.main([*flags, "--teacher", teacher_file] if method == "seed" else flags)
+        kept = load_teacher(f"{method}/encoder.pt")
+        last = load_teacher(f"{method}/last.pt")
+        assert torch.equal(last(x), kept(x))
+        for name in ("provenance", "used_labels", "image_size", "dim", "arch"):
+            assert getattr(last, name) == getattr(kept, name), name
+
+
+def test_a_network_of_torch_hub_teaches_by_its_output(tmp_path, monkeypatch):
+    """DINOv2 and many others are there, and in no file that one could load otherwise."""
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "hubconf.py").write_text(
+        "import torch\n"
+        "def tiny(side=1):\n"
+        "    torch.manual_seed(3)\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(3, 7, 3), torch.nn.BatchNorm2d(7),\n"
+        "                               torch.nn.AdaptiveAvgPool2d(side), torch.nn.Flatten())\n"
+        "def map(): return tiny()[:2]\n")
+    name = f"hub:{tmp_path / 'repo'}:tiny"
+    teacher = load_teacher(name)
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.AdaptiveAvgPool2d(1),
+                            nn.Flatten()).eval()
+    x = torch.randn(4, 3, 40, 40)
+    assert torch.allclose(teacher(x), F.normalize(network(x), dim=1), atol=1e-6)
+    assert (teacher.dim, teacher.feature_dim, teacher.used_labels) == (7, 7, None)
+    assert not teacher.training
+    teacher.check_image_size(32)
+    for entry, words in (("map", "returns more than one vector"), ("nothing", "nothing")):
+        with pytest.raises(InputError, match=words) as caught:
+            load_teacher(f"hub:{tmp_path / 'repo'}:{entry}")
+        assert "\n" not in str(caught.value)
+    asked = {}
+
+    def hub_load(repo, entry, **options):
+        asked.update(options, repo=repo, entry=entry)
+        return network
+
+    monkeypatch.setattr(torch.hub, "load", hub_load)
+    load_teacher("hub:facebookresearch/dinov2:dinov2_vits14")
+    assert asked == dict(repo="facebookresearch/dinov2", entry="dinov2_vits14", source="github",
+                         trust_repo="check")                            # torch.hub asks the user
 
 
 # --------------------------------------------------------------------------------------- the views
@@ -1561,6 +1923,18 @@ def test_small_crops_are_small():
     share = box_area(crop_box(uniforms(0, 0, range(2000)), 100, 100, (0.05, 0.14))) / 1e4
     assert 0.0499 < share.min() < 0.052
     assert 0.138 < share.max() < 0.1401
+
+
+def test_without_color_a_view_is_cropped_and_flipped_alone():
+    """The paper's linear probe would be trained on images that look like no test image."""
+    x = smooth_images(6)
+    u = uniforms(0, 3, range(6))
+    view = augment(x, u, 24, (0.3, 0.6), color=False)
+    cropped = seed.crop_and_resize(x, crop_box(u, 40, 48, (0.3, 0.6)), 24)
+    flipped = u[:, seed.FLIP] < 0.5
+    assert 0 < flipped.sum() < 6
+    cropped[flipped] = cropped[flipped].flip(3)
+    assert torch.allclose(view, seed.normalize(cropped), atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------- the toy
@@ -2414,10 +2788,11 @@ def without_times(rows):
 
 
 @pytest.mark.parametrize("method, arch", [("seed", "mobilenet_v3_small"), ("moco", ARCH),
-                                          ("supervised", "mobilenet_v3_small")])
+                                          ("supervised", "mobilenet_v3_small"),
+                                          ("seed", f"{ARCH} --small-crops 2 --symmetric")])
 def test_a_run_that_was_cut_is_the_run_that_never_stopped(quick, teacher_file, method, arch):
     """A resumed run would be another experiment: other weights, queue, momentum, or dropout."""
-    flags = ["--method", method, "--arch", arch, *TINY]
+    flags = ["--method", method, "--arch", *arch.split(), *TINY]
     if method == "seed":
         flags += ["--teacher", teacher_file]
     train.main([*flags, "--max-steps", "8", "--eval-every", "1", "--out", "whole"])
@@ -2529,7 +2904,8 @@ def slow_training(method, data, cfg, steps):
         views = []
         for v in range(method.views_per_image):
             u = uniforms(0, epoch, samples, v)
-            view = augment(data.train.pixels[samples], u, 32, blur=False)
+            options = (16, (0.1, 0.3)) if v >= 2 else (32,)             # two small crops
+            view = augment(data.train.pixels[samples], u, *options, blur=False)
             views.append(view.contiguous(memory_format=torch.channels_last))
         torch.manual_seed(step)                                 # for MoCo's shuffle
         targets = method.targets(views, data.train.labels[samples])
@@ -2541,13 +2917,15 @@ def slow_training(method, data, cfg, steps):
         method.after_step(targets)
 
 
-@pytest.mark.parametrize("name", ["seed", "moco", "supervised"])
+@pytest.mark.parametrize("name", ["seed", "seed --small-crops 2 --symmetric", "moco",
+                                  "supervised"])
 def test_a_run_is_its_recipe_step_by_step(quick, name):
     """What does not reach the loop (decay, schedule, temperature, queue) would make another
     experiment, and the loss would fall all the same."""
     flags = (f"--arch {ARCH} --dim 8 --batch-size 32 --lr 0.4 --weight-decay 0.5 --tau-s 0.3 "
              "--tau-t 0.07 --max-steps 4 --precision fp32 --out run").split()
-    cfg = make_cfg(*TINY, *flags, method=name)
+    name, *more = name.split()
+    cfg = make_cfg(*TINY, *flags, *more, method=name)
     data = load_data("shapes", subset=96)
     teacher = small_teacher() if name == "seed" else None
     train.train(cfg, data, CPU, teacher)
@@ -2556,7 +2934,7 @@ def test_a_run_is_its_recipe_step_by_step(quick, name):
     torch.manual_seed(0)
     network = Encoder(ARCH, 8, image_size=32)
     if name == "seed":
-        method = SEED(network, teacher, 64, 0.3, 0.07)
+        method = SEED(network, teacher, 64, 0.3, 0.07, bool(more), small_crops=2 * bool(more))
     elif name == "moco":
         method = MoCo(network, 64, 0.99, 0.3, 1)
     else:
@@ -3116,7 +3494,8 @@ def test_a_profile_times_each_part_and_leaves_no_run_behind(quick, capsys, monke
     assert f"{'on' if place == 'disk' else 'in'} {place}" in out
     dataset = "folder" if place == "disk" else "shapes"
     trace = quick / f"trace-{dataset}-{method}-{arch}.json"
-    assert set(quick.iterdir()) == {folder_of_images, trace}
+    kept = {quick / "cache"} if method == "seed" else set()     # the second time from the cache
+    assert set(quick.iterdir()) == {folder_of_images, trace} | kept
     assert f"wrote {trace.name}" in out
     named = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert set(STAGES) <= named
