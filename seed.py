@@ -748,7 +748,8 @@ def find_backbone(tensors, arch, path):
 
 def sort_weights(tensors, prefix, others, teacher, path):
     """The backbone's weights, the head's, and what the file calls the head."""
-    layer = re.compile(r"(|.*?\.)(\d+\.)?(weight|bias|running_mean|running_var|num_batches_tracked)")
+    ends = "weight|bias|running_mean|running_var|num_batches_tracked"
+    layer = re.compile(rf"(|.*?\.)(\d+\.)?({ends})")         # group, number in it, what
     own = teacher.backbone.state_dict()
     children = dict(teacher.backbone.named_children())
     class_layer = f"{prefix}{teacher.last_layer}."

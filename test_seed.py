@@ -1506,8 +1506,7 @@ class SwavResNet(torchvision.models.ResNet):
 
 @pytest.mark.parametrize("arch, block, counts, factor", [
     ("resnet18", "BasicBlock", [2, 2, 2, 2], 1), ("resnet18w2", "BasicBlock", [2, 2, 2, 2], 2),
-    ("resnet34w3", "BasicBlock", [3, 4, 6, 3], 3), ("resnet50w2", "Bottleneck", [3, 4, 6, 3], 2),
-    ("resnet101", "Bottleneck", [3, 4, 23, 3], 1)])
+    ("resnet34", "BasicBlock", [3, 4, 6, 3], 1), ("resnet50w2", "Bottleneck", [3, 4, 6, 3], 2)])
 def test_depth_and_width_are_read_off_the_weights(tmp_path, arch, block, counts, factor):
     """The teacher of the paper's best rows, a SwAV ResNet-50x2, is no network of torchvision's."""
     network = SwavResNet(getattr(torchvision.models.resnet, block), counts, factor).eval()
@@ -1520,7 +1519,7 @@ def test_depth_and_width_are_read_off_the_weights(tmp_path, arch, block, counts,
     torch.save({**under("module.", network.state_dict()),
                 **under("module.projection_head.", head.state_dict())}, tmp_path / "swav.pth")
     x = torch.randn(2, 3, 64, 64)
-    for flag in (None, arch, arch.split("w")[0]):
+    for flag in (None, arch, "resnet18") if arch == "resnet18w2" else (None,):
         teacher = load_teacher(tmp_path / "swav.pth", flag)
         assert teacher.arch == arch
         assert teacher.feature_dim == width
@@ -3159,6 +3158,75 @@ def test_a_row_of_the_log_has_the_numbers_of_its_step(quick, monkeypatch, teache
         assert row["images_per_s"] > 0
 
 
+def test_a_student_may_start_from_weights(quick, teacher_file):
+    """Whoever wants to train a finished student on would begin at nothing; and if labels made the
+    start, the result must not be called label-free."""
+    network = torchvision.models.get_model(ARCH)
+    torch.save(network.state_dict(), "torchvision.pth")
+    for file, dim, labels in ((teacher_file, 32, False), ("torchvision.pth", 8, None)):
+        cfg = make_cfg(*TINY, "--arch", ARCH, "--init", file, "--dim", str(dim), method="moco")
+        encoder = train.new_encoder(cfg)
+        start = load_teacher(file, ARCH)
+        assert same(encoder.backbone.state_dict(), start.backbone.state_dict())
+        head = same(encoder.head.state_dict(), start.head.state_dict())
+        assert head == (dim == 32), "the head as well, where it is of the same form"
+        assert encoder.used_labels is labels
+        assert all(p.requires_grad for p in encoder.parameters())
+    for arch in ("resnet18", "shufflenet_v2_x1_0"):
+        cfg.arch = arch
+        with pytest.raises(InputError, match="torchvision.pth does not fit"):
+            train.new_encoder(cfg)
+    flags = [*TINY, "--arch", ARCH, "--max-steps", "1"]
+    train.main([*flags, "--teacher", teacher_file, "--init", "torchvision.pth", "--out", "run"])
+    made = load_teacher("run/encoder.pt")
+    assert made.used_labels is None, "unknown, as that of its start"
+    assert "started from: shufflenet_v2_x0_5, weights under ''" in made.provenance
+    train.main([*flags, "--teacher-arch", ARCH, "--init", "torchvision.pth", "--out", "other"])
+    [teacher] = Path("runs/teachers").glob("*/encoder.pt")
+    assert "started from" not in load_teacher(teacher).provenance, "the student alone starts so"
+
+
+def test_a_swav_teacher_brings_its_crops(quick, folder_of_images, capsys):
+    """The paper's best rows rest on them: crops of 0.14 to 1 of an image, and six small ones."""
+    file, head, _ = LAYOUTS["SwAV"]
+    network = moco_network("resnet18", version=1)
+    network.fc = nn.Identity()
+    torch.save(file(network.state_dict(), head.state_dict()), "swav.pth")
+    torch.save(LAYOUTS["a backbone"][0](network.state_dict(), {}), "plain.pth")
+    flags = ("--dataset folder --batch-size 4 --max-steps 1 --image-size 72 --small-size 40 "
+             f"--workers 0 --device cpu --eval-every 0 --arch {ARCH}").split()
+    flags += ["--data", str(folder_of_images)]
+    for out, teacher, more, count, scale in (
+            ("swav", "swav.pth", [], 6, (0.14, 1.0)), ("none", "swav.pth", ["0"], 0, (0.14, 1.0)),
+            ("two", "swav.pth", ["2"], 2, (0.14, 1.0)), ("plain", "plain.pth", [], 0, (0.2, 1.0))):
+        number = ["--small-crops", *more] if more else []
+        words = [*flags, "--teacher", teacher, "--out", out, *number]
+        train.main(words)
+        identity = last_checkpoint(out)["identity"]
+        assert (identity["small_crops"], identity["crop_scale"]) == (count, scale)
+        assert identity["small_scale"] == (0.05, 0.14)
+        assert ("a teacher of SwAV's kind" in capsys.readouterr().out) == (teacher == "swav.pth")
+        train.main(words)                                       # the same command again
+        assert "finished before" in capsys.readouterr().out
+
+
+def test_small_crops_must_fit_the_networks(quick, teacher_file):
+    """A network that takes 224 px may not take 96; the error would come in the first step."""
+    class Picky(SmallNetwork):
+        provenance = "a test"
+
+        def check_image_size(self, image_size):
+            if image_size == 16:
+                raise InputError("not at 16 px")
+
+    train_flags = [*TINY, "--arch", ARCH, "--small-crops", "1", "--teacher", "x", "--out", "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_teacher", lambda path, arch: Picky())
+        patch.setattr(Picky, "multi_crop", False, raising=False)
+        with pytest.raises(InputError, match="not at 16 px"):
+            train.main(train_flags)
+
+
 def test_knn_during_training_is_that_of_the_network_in_training(quick, few_shapes):
     """The curve in log.csv would show another network, or other images."""
     flags = ["--method", "supervised", "--arch", ARCH, *TINY, "--out", "run"]
@@ -3707,6 +3775,134 @@ def test_a_folder_that_a_rival_cannot_use_is_an_error_before_any_training(quick,
     with pytest.raises(InputError, match="run/moco holds an encoder.pt but no last.pt"):
         train.main([*TINY, "--arch", ARCH, "--teacher", teacher_file, "--compare", "--out", "run"])
     assert os.listdir("run") == ["moco"]
+
+
+def slow_linear_probe(encoder, data, steps, cfg):
+    """The weights of the paper's linear probe after some steps, by SGD's formula."""
+    weight = torch.zeros(len(data.classes), encoder.feature_dim)
+    bias = torch.zeros(len(data.classes))
+    torch.manual_seed(cfg.seed)
+    nn.Linear(encoder.feature_dim, len(data.classes))           # draws its initial weights
+    nn.init.normal_(weight, std=0.01)
+    momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    lr = 30 * 16 / 256
+    for step in range(steps):
+        if step in (round(0.6 * steps), round(0.8 * steps)):
+            lr /= 10
+        epoch, samples = probe.samples_of_step(step, len(data.train), cfg)
+        u = uniforms(cfg.seed, epoch, samples)
+        view = augment(data.train.pixels[samples], u, 32, (0.08, 1.0), color=False)
+        x = encoder.features(view)
+        labels = data.train.labels[samples]
+        p = (x @ weight.T + bias).softmax(1)
+        p[range(len(labels)), labels] -= 1
+        for value, momentum, gradient in zip((weight, bias), momenta, (p.T @ x, p.sum(0))):
+            momentum.mul_(0.9).add_(gradient / len(labels))
+            value.sub_(lr * momentum)
+    return weight, bias
+
+
+def test_the_papers_linear_probe_is_the_papers(few_shapes, monkeypatch):
+    """With another rate, normalized features, or batch norm in training mode, its number would not
+    be comparable with any published one."""
+    encoder = load_encoder_of_a_test()
+    data = load_data("shapes", subset=48)
+    cfg = argparse.Namespace(**{**probe.LINEAR, "batch_size": 16, "epochs": 5}, seed=3, workers=0,
+                             image_size=32)
+    weight, bias = slow_linear_probe(encoder, data, 15, cfg)
+    x = probe.extract_features(encoder, data.test)
+    before = snapshot(encoder)
+    kept = {}
+    monkeypatch.setattr(probe, "accuracy", lambda layer, x, y: kept.update(layer=layer, x=x) or 7)
+    assert probe.fit_classifier(encoder, data, CPU, cfg) == 7
+    assert torch.equal(kept["x"], x), "of the test images, whole"
+    assert torch.allclose(kept["layer"].weight, weight, atol=1e-3 * weight.abs().max())
+    assert torch.allclose(kept["layer"].bias, bias, atol=1e-3 * weight.abs().max())
+    assert same(snapshot(encoder), before)
+    assert {k: probe.LINEAR[k] for k in ("lr", "epochs", "batch_size", "weight_decay")} == dict(
+        lr=30.0, epochs=100, batch_size=256, weight_decay=0.0)
+
+
+def load_encoder_of_a_test():
+    """A frozen encoder whose batch norm is not the initial one."""
+    encoder = Encoder(ARCH, 8, image_size=32)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_(0, 0.1)
+    return encoder.eval().requires_grad_(False)
+
+
+def test_fine_tuning_trains_the_whole_network_on_the_share_of_labels(quick, few_shapes, capsys):
+    """With the backbone frozen, or with more labels than it says, the semi-supervised row of the
+    paper would be another experiment."""
+    encoder = load_encoder_of_a_test()
+    save_encoder("encoder.pt", encoder, "a test", False)
+    seen = []
+    fit = probe.fit_classifier
+
+    def watched(encoder, data, device, cfg):
+        before = snapshot(encoder.backbone)
+        found = fit(encoder, data, device, cfg)
+        after = snapshot(encoder.backbone)
+        moved = [name for name in before if not torch.equal(before[name], after[name])]
+        seen.append((data.train.labels, len(moved) == len(before), encoder.provenance, cfg))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "fit_classifier", watched)
+        probe.main("encoder.pt --finetune --label-fraction 0.1 --epochs 2 --device cpu".split())
+    assert len(seen) == 2
+    for labels, all_moved, _, _ in seen:
+        assert all_moved, "weights, and statistics of batch norm"
+        counts = torch.bincount(labels)
+        assert counts.min() == counts.max() == round(0.1 * len(load_data("shapes").train) / 20)
+    assert "random weights" in seen[1][2]
+    assert [cfg.epochs for *_, cfg in seen] == [2, 2]
+    out = capsys.readouterr().out
+    assert re.search(r"fine-tuned [\d.]+%   the same network from scratch [\d.]+%", out)
+    summary = json.loads(Path("probe.json").read_text())
+    assert {"finetuned", "from_scratch"} <= summary.keys()
+
+
+def test_a_share_of_labels_is_the_same_of_each_class():
+    """By chance a class might have no image at 1%."""
+    labels = torch.tensor([0] * 100 + [1] * 50 + [2] * 3)
+    split = Split(pixels=torch.arange(153).view(-1, 1, 1, 1), labels=labels)
+    chosen = probe.label_fraction(split, 0.1, seed=0)
+    assert torch.bincount(chosen.labels).tolist() == [10, 5, 1]
+    assert torch.equal(labels[chosen.pixels.flatten()], chosen.labels)
+    assert torch.equal(probe.label_fraction(split, 0.1, 0).pixels, chosen.pixels)
+    assert not torch.equal(probe.label_fraction(split, 0.1, 1).pixels, chosen.pixels)
+
+
+def test_protocols_refuse_what_they_cannot_do(quick, few_shapes):
+    """Each would end in a traceback after minutes of reading."""
+    write_images(Path("flat"), [f"{i}.png" for i in range(12)])
+    for flags, words in (("--label-fraction 0", "not above 0"), ("--label-fraction 2", "at most 1"),
+                         ("--finetune --dataset folder --data flat", "no labels to train"),
+                         ("--linear paper --dataset folder --data flat", "no labels to train")):
+        with pytest.raises(InputError, match=words):
+            probe.main([f"random:{ARCH}", "--image-size", "32", "--device", "cpu", *flags.split()])
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_large", ARCH])
+def test_an_exported_file_is_torchvisions(quick, arch):
+    """Users load it where torchvision's own weights would go."""
+    encoder = Encoder(arch, 8, image_size=32)
+    save_encoder("encoder.pt", encoder, "a test", False)
+    probe.main(["encoder.pt", "--export", "weights.pth"])
+    weights = torch.load("weights.pth", weights_only=True)
+    network = torchvision.models.get_model(arch)
+    result = network.load_state_dict(weights, strict=False)
+    assert not result.unexpected_keys
+    last = {"mobilenet_v3_large": "classifier.3"}.get(arch, "fc")
+    assert result.missing_keys == [f"{last}.weight", f"{last}.bias"]
+    assert same(encoder.backbone.state_dict(), weights)
+    encoder = Encoder("resnet18", 8, small_images=True, image_size=32)
+    save_encoder("small.pt", encoder, "a test", True)
+    with pytest.raises(InputError, match="torchvision has no resnet18 like this"):
+        probe.main(["small.pt", "--export", "weights.pth"])
 
 
 def test_probe_evaluates_an_untrained_network_too(tmp_path, monkeypatch, few_shapes, capsys):
