@@ -476,7 +476,7 @@ class Encoder(nn.Module):
         self.used_labels = False
         self.multi_crop = False
         self.last_layer = None
-        self.backbone = backbone or self.torchvision_backbone()
+        self.backbone = self.torchvision_backbone() if backbone is None else backbone
         if small_images:
             adapt_stem_for_small_images(self.backbone, arch)
         self.check_image_size(image_size)
@@ -653,16 +653,16 @@ def load_teacher(path_or_url, arch=None):
     prefix, others = find_backbone(tensors, arch, path)
     stem = tensors.get(f"{prefix}conv1.weight", torch.empty(0))         # a ResNet's
     arch = arch or resnet_name(tensors, prefix)
-    if re.fullmatch(r"resnet\d+", arch) and len(stem) > 64:
+    if re.fullmatch(r"resnet\d+", arch) and stem.ndim == 4 and len(stem) > 64:
         arch = f"{arch}w{len(stem) // 64}"
     is_ours = file.get("format") == "seed-encoder"
-    options = [None, None, stem.shape[2:] == (3, 3)]
-    if is_ours:
-        names = ("dim", "hidden_dim", "small_images", "image_size")
-        if any(name not in file for name in names):
-            raise InputError(f"{path} is not a whole encoder.pt; make it anew")
-        options = [file[name] for name in names]
-    teacher = Encoder(arch, *options)
+    try:
+        options = [None, None, stem.shape[2:] == (3, 3)]
+        if is_ours:
+            options = [file[name] for name in ("dim", "hidden_dim", "small_images", "image_size")]
+        teacher = Encoder(arch, *options)
+    except (KeyError, RuntimeError, TypeError):
+        raise InputError(f"{path} is not a whole encoder.pt; make it anew") from None
     backbone, head, head_name = sort_weights(tensors, prefix, others, teacher, path)
     fill(teacher, backbone, head, path, rebuild=head and not is_ours)
     total = len(teacher.backbone.state_dict())                          # all are there by now
@@ -733,7 +733,7 @@ def find_backbone(tensors, arch, path):
     for end in EVALUATED:
         chosen = [prefix for prefix in whole if f".{prefix}".endswith(end)]
         if len(chosen) == 1:
-            return chosen[0], tuple(prefix for prefix in whole if prefix != chosen[0])
+            return chosen[0], tuple(prefix for prefix in whole if prefix not in ("", chosen[0]))
     if whole:
         raise InputError(f"{path} holds several networks, under {whole}; keep one of them")
     held = ", ".join(list(tensors)[:3]) or "no tensors"
@@ -785,7 +785,8 @@ def rebuild_head(weights, width):
     running statistics are; a missing number is a ReLU. (A Linear alone has no number.)"""
     numbers = sorted({int(name.split(".")[0]) for name in weights if name[0].isdigit()})
     if not numbers:
-        return nn.Linear(width, len(weights["weight"])), len(weights["weight"])
+        out = len(weights.get("weight", ()))
+        return nn.Linear(width, out), out
     head = nn.Sequential()
     biases = set()
     for number in numbers:
@@ -820,7 +821,7 @@ def fill(teacher, backbone, head, path, rebuild):
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} has numbers that are not finite")
         teacher.load_state_dict(weights)
-    except (RuntimeError, ValueError) as e:                             # one line a kind of error
+    except (RuntimeError, TypeError, ValueError) as e:                  # one line a kind of error
         lines = str(e).split("\n\t")
         problems = "; ".join(line[:120] for line in lines[1:4] or lines)
         raise InputError(f"{path} does not fit a {teacher.arch}: {problems}") from None
