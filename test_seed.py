@@ -3694,9 +3694,15 @@ def test_imagenet_needs_a_teacher_and_says_where_there_is_one(tmp_path, monkeypa
 def readme_commands(program):
     """The commands with that program in the README's blocks of shell code: lists of words."""
     found = []
+    variables = {}
     for block in (HERE / "README.md").read_text().split("```sh\n")[1:]:
         for line in block.split("```")[0].replace("\\\n", " ").splitlines():
+            for name, value in variables.items():
+                line = line.replace(f"${name}", value)
             words = shlex.split(line, comments=True)
+            if len(words) == 1 and re.match(r"\w+=", words[0]):
+                name, _, value = words[0].partition("=")
+                variables[name] = value
             if program in words:
                 words = words[words.index(program) + 1:]
                 ends = [i for i, word in enumerate(words) if word in ("&&", ";", "|", ">", "&")]
@@ -3707,16 +3713,41 @@ def readme_commands(program):
 def test_the_readmes_commands_are_understood():
     """A user would copy a command that does not run."""
     commands = readme_commands("train.py")
-    assert len(commands) >= 7
+    assert len(commands) >= 8
     for words in commands:
         args = train.parse_args(words)
         train.make_config(args, args.method)
+        assert args.teacher is None or args.teacher.startswith(("https://", "runs/"))
     commands = readme_commands("probe.py")
-    assert commands
+    assert len(commands) >= 4
     for words in commands:
-        assert probe.parse_args(words).encoder
+        assert probe.parse_args(words).encoder.endswith("encoder.pt")
     for block in (HERE / "README.md").read_text().split("```python\n")[1:]:
         compile(block.split("```")[0], "README.md", "exec")
+
+
+def test_an_exported_network_becomes_a_detector(quick):
+    """As the README says; most users of a backbone without labels want to detect something."""
+    for arch in ("mobilenet_v3_large", "resnet18"):
+        save_encoder(f"{arch}.pt", Encoder(arch, 8, image_size=32), "a test", False)
+        probe.main([f"{arch}.pt", "--export", "weights.pth"])
+        names = {}
+        if arch == "resnet18":                                          # the README's other word
+            backbone_utils = torchvision.models.detection.backbone_utils
+            body = backbone_utils.resnet_fpn_backbone(backbone_name=arch, weights=None,
+                                                      norm_layer=nn.BatchNorm2d)
+            body.body.load_state_dict(torch.load("weights.pth"))
+        else:
+            blocks = (HERE / "README.md").read_text().split("```python\n")[1:]
+            [block] = [b.split("```")[0] for b in blocks if "weights.pth" in b.split("```")[0]]
+            exec(block, names)
+            body = names["body"]
+        saved = torch.load("weights.pth")
+        for name, value in body.body.state_dict().items():
+            assert torch.equal(value, saved[name if arch == "resnet18" else f"features.{name}"])
+    detector = names.get("detector") or torchvision.models.detection.FasterRCNN(body, 91)
+    [found] = detector.eval()([torch.rand(3, 64, 64)])
+    assert {"boxes", "labels", "scores"} <= found.keys()
 
 
 def test_the_readmes_main_command_runs(tmp_path, monkeypatch, few_shapes, capsys):
