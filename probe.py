@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
@@ -44,7 +45,9 @@ DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 SMALL = 64                      # images up to so many pixels a side are decoded once and kept,
 MEMORY = 2 * 2**30              # if all of them take no more bytes than this
 TABLE_LIMIT = 50_000            # images of a split that the table looks at
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+ENDINGS = set(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .jp2".split())
+VAL_NAMES = ("val", "valid", "validation", "test")
+WHITE = (1, 255, 4095, 65535)   # the brightest value of an image with more than 8 bits
 
 
 # ------------------------------------------------------------------------------------ the data sets
@@ -75,13 +78,14 @@ class Split:
 @dataclass
 class Data:
     """A data set, ready for use. classes: C names, empty without labels; fingerprint: a hash of the
-    labels and the pixels (of images on disk: of their names)."""
+    labels and the pixels (of images on disk: of their names); notes: on files left out."""
     name: str
     image_size: int
     train: Split
     test: Split
     classes: list
     fingerprint: str = ""
+    notes: tuple = ()
 
     @property
     def has_labels(self):
@@ -92,7 +96,8 @@ class Data:
         labels = f"{len(self.classes)} classes" if self.has_labels else "without labels"
         place = "on disk" if self.train.pixels is None else "in memory"
         counts = f"{len(self.train):,} training and {len(self.test):,} test images"
-        return f"{self.name}, {counts} of {self.image_size} px {place}, {labels}"
+        text = f"{self.name}, {counts} of {self.image_size} px {place}, {labels}"
+        return "; ".join([text, *self.notes])
 
 
 def load_data(name, root="data", image_size=None, subset=None, seed=0):
@@ -106,6 +111,7 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
     Returns: Data. Raises: InputError for a directory or image that is missing or cannot be read."""
     image_size = image_size or native_size(name)
     root = Path(root).absolute()
+    notes = []
     if name == "shapes":
         train = draw_shapes(5000, split=0)
         test = draw_shapes(2000, split=1)
@@ -113,7 +119,7 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
     elif name.startswith("cifar"):
         train, test, classes = read_cifar(name, root)
     else:
-        train, test, classes = find_images(name, root)
+        train, test, classes, notes = find_images(name, root)
     if subset is not None:
         if not 0 < subset <= len(train):
             raise InputError(f"--subset {subset}: there are {len(train):,} training images")
@@ -129,7 +135,7 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
         for values in (split.pixels, split.labels):
             if values is not None:
                 digest.update(values.numpy())
-    return Data(name, image_size, train, test, classes, digest.hexdigest()[:12])
+    return Data(name, image_size, train, test, classes, digest.hexdigest()[:12], notes)
 
 
 def native_size(name):
@@ -153,18 +159,17 @@ def read_cifar(name, root):
 
 
 def find_images(name, root):
-    """The image files below `root` and their labels: training split, test split, classes."""
+    """The image files below `root` and their labels: training split, test split, classes, notes."""
     if not root.is_dir():
         raise InputError(f"no directory {root}; say with --data where the images are")
     has_train = (root / "train").is_dir()
-    vals = [root / name for name in ("val", "valid", "validation", "test")]
-    val = next((path for path in vals if path.is_dir()), None)
+    val = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
     not_imagenet = InputError(f"{root} needs train/ and val/, each with a folder for each class; "
                               "else use --dataset folder")
     if name == "imagenet" and not (val and has_train):
         raise not_imagenet
     top = root / "train" if has_train else root
-    files = list_files(top)
+    files, notes = list_files(top)
     if len(files) < 2:
         raise InputError(f"{len(files) or 'no'} image in {top} (looked for "
                          f"{', '.join(sorted(ENDINGS))})")
@@ -173,30 +178,67 @@ def find_images(name, root):
     if len(classes) < 2 or "" in classes:                       # one class is no label
         classes = []
     train = Split(files=files, labels=number_labels(folders, classes))
-    if not (has_train and val):                                 # hold out a tenth, always the same
-        order = np.random.default_rng(0).permutation(len(files))
-        held_out = max(1, min(10_000, len(order) // 10))
-        return (train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out])),
-                classes)
-    test_files = list_files(val)
-    test_folders = class_folders(test_files, val)
-    unknown = sorted(set(test_folders) - set(classes) - {""})
-    if classes and unknown:
-        raise InputError(f"{val} has classes that {top} lacks: {', '.join(unknown[:3])}")
-    if name == "imagenet" and (not classes or "" in test_folders):
+    if name == "imagenet" and not classes:
         raise not_imagenet
-    return train, Split(files=test_files, labels=number_labels(test_folders, classes)), classes
+    if has_train and val:
+        test_files, more_notes = list_files(val)
+        test_folders = class_folders(test_files, val)
+        unknown = sorted(set(test_folders) - set(classes) - {""})
+        if classes and unknown:
+            raise InputError(f"{val} has classes that {top} lacks: {', '.join(unknown[:3])}")
+        if not classes or "" not in test_folders:
+            test = Split(files=test_files, labels=number_labels(test_folders, classes))
+            return train, test, classes, notes + more_notes
+        notes.append(f"{val} has no class folders, so a part of {top} is held out instead")
+    order = np.random.default_rng(0).permutation(len(files))    # hold out a tenth, always the same
+    held_out = max(1, min(10_000, len(order) // 10))
+    return (train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out])),
+            classes, notes)
 
 
 def list_files(top):
-    """All image files below `top`, sorted; hidden ones (such as macOS's ._x.jpg) are left out."""
+    """All image files below `top`, sorted, and notes on what was left out. Hidden files are, such
+    as macOS's ._x.jpg; links are followed, but no directory is read twice."""
     found = []
+    others = Counter()
+    seen = set()
     for folder, folders, names in os.walk(top, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
-            if os.path.splitext(name)[1].lower() in ENDINGS and not name.startswith("."):
-                found.append(os.path.join(folder, name))
-    return sorted(found)
+            path = os.path.join(folder, name)
+            ending = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if ending in ENDINGS or (not ending and is_image(path)):
+                found.append(path)
+            else:
+                others[ending or "no ending"] += 1
+    counts = ", ".join(f"{count} {ending}" for ending, count in others.most_common(3))
+    return sorted(found), [f"left out in {top}: {counts}"] if others else []
+
+
+def is_image(path):
+    """Whether Pillow knows the format of a file."""
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def refuse_among_data(out, dataset, data):
+    """InputError if a picture written into `out` would be an image of the data from then on."""
+    root = Path(data).resolve()
+    tops = [root]
+    if (root / "train").is_dir():
+        tops = [root / name for name in ("train", *VAL_NAMES)]
+    out = Path(out).resolve()
+    if dataset in ("folder", "imagenet") and any(top == out or top in out.parents for top in tops):
+        raise InputError(f"{out} would lie among the images of {data}; name another --out")
 
 
 def class_folders(files, top):
@@ -222,13 +264,20 @@ def read_crops(path, sizes, choose_boxes):
     try:
         with Image.open(path) as image:
             width, height = image.size
+            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if turn > 4 and image.format != "TIFF":             # Pillow turns those by itself
+                width, height = height, width
             boxes = choose_boxes(height, width)
             zoom = max(size / min(h, w) for size, (_, _, h, w) in zip(sizes, boxes))
-            image.draft("RGB", (int(width * zoom), int(height * zoom)))
+            image.draft("RGB", [int(side * zoom) for side in image.size])
+            if turn > 1:
+                image = ImageOps.exif_transpose(image)
             scale_x = image.width / width
             scale_y = image.height / height
-            if image.mode.startswith("I"):                      # 16 bits of gray: convert() clips
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode[0] in "IF":                           # convert() would clip at 255
+                values = np.nan_to_num(np.asarray(image, np.float32)).clip(0, 65535)
+                white = min(white for white in WHITE if values.max() <= white)
+                image = Image.fromarray((values * (255 / white)).astype(np.uint8))
             if image.mode != "RGB":
                 image = image.convert("RGB")
             crops = []
@@ -791,8 +840,13 @@ def run_command(main):
         sys.exit(2)
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory; lower --batch-size, --image-size or --subset")
-    except OSError as e:
+    except (FloatingPointError, OSError) as e:
         sys.exit(f"error: {e}")
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        sys.exit("error: a process that reads images was killed; if shared memory (/dev/shm) is "
+                 "small, as in Docker, give it more (--shm-size 8g), or take --workers 0")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command resumes from the last full epoch")
 
@@ -902,6 +956,7 @@ def main(argv=None):
     print0(f"{encoder.provenance}, {label_use(encoder.used_labels)}\n{data}")
     out = Path(args.encoder).parent if os.path.exists(args.encoder) else Path(".")
     out = Path(args.out or out)
+    refuse_among_data(out, args.dataset, args.data)
     out.mkdir(parents=True, exist_ok=True)
     scores = run_protocol(args, encoder, data, device, out)
     if dist.is_initialized():

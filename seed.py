@@ -605,9 +605,18 @@ HARMLESS = [argparse.Namespace, codecs.encode, np.ndarray, np.dtype, scalar, _re
 
 
 def save_file(path, content):
-    """torch.save into PATH.tmp, then rename: a kill at any moment leaves a whole file."""
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """torch.save into PATH.tmp, onto the disk, then rename: a kill or a loss of power at any moment
+    leaves a whole file. OSError if there is no room; the half file is removed."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as e:                                # torch's own: RuntimeError
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        raise OSError(f"cannot write {path}: {first_line(e)}; is the disk full?") from None
 
 
 def describe(encoder, provenance, used_labels):

@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as T
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1211,8 +1211,8 @@ def test_a_kill_while_saving_leaves_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     seed.save_file(path, {"step": 1})
 
-    def killed(content, target):
-        Path(target).write_bytes(b"half")
+    def killed(content, file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", killed)
@@ -1314,6 +1314,22 @@ def test_what_is_no_checkpoint_is_an_error_in_one_line(tmp_path):
         assert f"cannot read {path}: " in refusal(path)
         assert words in refusal(path)
     assert f"no such file: {tmp_path / 'nothing.pth'}" in refusal(tmp_path / "nothing.pth")
+
+
+def test_a_full_disk_is_a_line_and_leaves_the_earlier_file(tmp_path, monkeypatch):
+    """The half file would keep the disk full, and the run could not go on after cleaning up."""
+    path = tmp_path / "last.pt"
+    seed.save_file(path, {"step": 1})
+    for error in (OSError(28, "No space left on device"), RuntimeError("stream writer failed")):
+        def full(content, file):
+            file.write(b"half")
+            raise error
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="cannot write .*last.pt: .*; is the disk full?"):
+            seed.save_file(path, {"step": 2})
+        assert os.listdir(tmp_path) == ["last.pt"]
+    assert torch.load(path, weights_only=True) == {"step": 1}
 
 
 class RunsACommand:
@@ -2223,8 +2239,7 @@ def test_a_folder_may_have_no_labels(tmp_path):
     assert data.classes == []
     assert data.train.labels is data.test.labels is None
     assert (len(data.train), len(data.test)) == (19, 2)
-    write_images(tmp_path / "c", ["train/x/1.png", "train/y/1.png", "val/1.png"])
-    assert not load_data("folder", tmp_path / "c", 16).has_labels, "no label of a test image"
+    assert str(data).endswith("left out in %s: 1 .txt" % (tmp_path / "a"))
     write_images(tmp_path / "b", [f"only/{i}.png" for i in range(4)])
     assert not load_data("folder", tmp_path / "b", 16).has_labels, "one class is no label"
 
@@ -2276,12 +2291,107 @@ def test_sixteen_bits_of_gray_are_scaled_and_not_clipped(tmp_path):
     assert np.abs(crop[0, 0].numpy() - np.linspace(0, 255, 64)).max() <= 1
 
 
+def test_gray_images_of_many_bits_are_scaled_by_what_they_hold(tmp_path):
+    """Measurements and depth would be black, or white."""
+    gray = np.linspace(0, 1, 64)[None].repeat(64, 0)
+    for name, pixels in (("float.tif", gray.astype(np.float32)),
+                         ("float255.tif", (255 * gray).astype(np.float32)),
+                         ("int255.tif", (255 * gray).astype(np.int32)),
+                         ("twelve.png", (4095 * gray).astype(np.uint16)),
+                         ("sixteen.png", (65535 * gray).astype(np.uint16)),
+                         ("eight.png", (255 * gray).astype(np.uint8))):
+        Image.fromarray(pixels).save(tmp_path / name)
+        [crop] = probe.read_crops(tmp_path / name, [64], probe.center_box(64))
+        assert np.abs(crop[0, 0].numpy() - np.linspace(0, 255, 64)).max() <= 1, name
+
+
+@pytest.mark.parametrize("name", ["image.jpg", "image.tif", "image.png"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_an_image_is_read_as_it_is_displayed(tmp_path, name, turn):
+    """A phone's photos would lie on their side, some of them."""
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:32, :64, 0] = 255                                           # the corners differ
+    pixels[32:, :64, 1] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    options = dict(tiffinfo={274: turn}) if name.endswith("tif") else dict(exif=exif)
+    Image.fromarray(pixels).save(tmp_path / name, **options)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / name)))
+    assert shown.shape[:2] == ((64, 128) if turn < 5 else (128, 64))
+
+    def whole(height, width):
+        assert (height, width) == shown.shape[:2]
+        return [(0, 0, height, width)]
+
+    [crop] = probe.read_crops(tmp_path / name, [32], whole)
+    expected = Image.fromarray(shown).resize((32, 32), Image.Resampling.BILINEAR)
+    assert np.abs(crop.permute(1, 2, 0).numpy() - np.asarray(expected, float)).mean() < 3
+
+
+def test_what_pillow_can_open_is_read_and_the_rest_is_counted(tmp_path):
+    """Half of a data set might be missing, without a word."""
+    image = Image.new("RGB", (40, 30), (200, 10, 10))
+    for name in ("a.jfif", "b.JPE", "c", "d.jpeg"):
+        image.save(tmp_path / name, format="JPEG")
+    image.save(tmp_path / "e.png")
+    for name in ("notes.txt", "more.txt", "f.heic", "README"):
+        (tmp_path / name).write_text("no image")
+    data = load_data("folder", tmp_path, 16)
+    assert len(data.train) + len(data.test) == 5
+    assert f"left out in {tmp_path}: 2 .txt, " in str(data)
+    assert "1 .heic" in str(data) and "1 no ending" in str(data)
+
+
+def test_each_directory_is_read_once_however_many_links_lead_to_it(tmp_path):
+    """A link upwards would multiply the images, and put test images among the training images."""
+    write_images(tmp_path, [f"{label}/{i}.png" for label in "ab" for i in range(6)])
+    os.symlink("..", tmp_path / "a" / "up")
+    os.symlink("a", tmp_path / "again")
+    data = load_data("folder", tmp_path, 16)
+    assert len(data.train) + len(data.test) == 12
+    assert data.classes == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_a_flat_val_folder_is_not_used_for_accuracy(tmp_path, name):
+    """ImageNet from Kaggle has one; without a word there would be no accuracy at all."""
+    write_images(tmp_path, [f"train/{label}/{i}.png" for label in "xy" for i in range(10)])
+    write_images(tmp_path, ["val/1.png", "val/2.png"])
+    data = load_data(name, tmp_path, 16)
+    assert data.has_labels
+    assert (len(data.train), len(data.test)) == (18, 2)
+    assert "val has no class folders, so a part of" in str(data)
+
+
+@pytest.mark.parametrize("names, refused, allowed", [
+    (["1.png", "2.png", "3.png"], ["data", "data/runs/x"], ["elsewhere", "data-runs"]),
+    (["train/a/1.png", "train/b/1.png", "val/a/1.png"], ["data/train/run", "data/val", "data/test"],
+     ["data/runs/x", "elsewhere"])])
+def test_nothing_is_written_among_the_images(tmp_path, monkeypatch, names, refused, allowed):
+    """A run's views.png would be a training image from the second run on."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "data", names)
+    for out in refused:
+        with pytest.raises(InputError, match="would lie among the images of data"):
+            probe.refuse_among_data(out, "folder", "data")
+    for out in allowed:
+        probe.refuse_among_data(out, "folder", "data")
+    probe.refuse_among_data(refused[0], "shapes", "data")
+    monkeypatch.chdir(tmp_path / "data" / Path(names[0]).parent)
+    flags = f"--dataset folder --data {tmp_path / 'data'} --image-size 32 --device cpu".split()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="would lie among"):            # the teacher's folder
+        train.main([*flags, "--arch", ARCH, "--batch-size", "2", "--out", str(tmp_path / "else")])
+    with pytest.raises(InputError, match="would lie among"):
+        probe.main([f"random:{ARCH}", *flags])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("name, names, words", [
     ("folder", [], "no image in"),
     ("folder", ["1.png", ".hidden/2.png"], "1 image in"),
     ("folder", ["train/x/1.png", "train/y/1.png", "val/z/1.png"], "lacks: z"),
     ("imagenet", ["1.png", "2.png"], "train/ and val/"),
-    ("imagenet", ["train/x/1.png", "train/y/1.png", "val/1.png"], "folder for each class"),
     ("imagenet", ["train/1.png", "train/2.png", "val/x/1.png"], "folder for each class")])
 def test_a_directory_that_does_not_fit_is_one_clear_line(tmp_path, name, names, words):
     """The error would come during training, or as a traceback, or not at all."""
@@ -2540,7 +2650,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 
 @pytest.mark.parametrize("flag", ["--weight-decay 9", "--batch-size 9", "--tau-s 9", "--tau-t 9",
-                                  "--queue-size 9", "--warmup-epochs 0", "--precision bf16",
+                                  "--queue-size 9", "--warmup-epochs 0",
                                   "--hidden-dim 9", "--image-size 40", "--small-images",
                                   "--arch resnet18", "--view-epochs 1", "--dim 9", "--lr 9",
                                   "--epochs 9", "--seed 9", "--subset 9"])
@@ -2963,10 +3073,10 @@ def test_a_kill_while_saving_costs_nothing(quick, monkeypatch, name):
     folder.save(1, 1.0, 2.5)
     save = torch.save
 
-    def cut(state, path):
-        save(state, path)
-        if name in str(path):
-            Path(path).write_bytes(b"half")
+    def cut(state, file):
+        save(state, file)
+        if name in file.name:
+            file.truncate(99)
             raise PowerCut
 
     monkeypatch.setattr(torch, "save", cut)
@@ -3096,19 +3206,27 @@ def test_each_step_process_and_seed_draws_other_random_numbers(quick, monkeypatc
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(quick, monkeypatch):
-    """It would train on for days, and save itself over the good checkpoint."""
-    for bad in (math.nan, math.inf):
-        values = {"loss": torch.tensor(1.0), "kl": torch.tensor(bad)}
-        with pytest.raises(InputError, match="not finite at step 4; lower --lr"):
-            train.mean_of_ranks(values, 4)
+    """It would train on for days, and save itself over the good checkpoint. And the advice must be
+    one that can be followed."""
     flags = ["--method", "supervised", "--arch", ARCH, *TINY, "--out", "run"]
     train.main([*flags, "--max-steps", "6"])
     saved = Path("run/encoder.pt").read_bytes()
-    monkeypatch.setattr(Supervised, "loss", lambda self, logits, labels: logits.mean() * math.nan)
-    with pytest.raises(InputError, match="not finite at step 10; lower --lr"):
-        train.main(flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Supervised, "loss", lambda self, logits, labels: logits.mean() * math.nan)
+        with pytest.raises(FloatingPointError) as caught:
+            train.main(flags)
+    message = str(caught.value)
+    assert message.startswith("the loss is not finite at step 10, learning rate 0.0")
+    assert "run/last.pt is the last good checkpoint: with --precision fp32" in message
     assert last_checkpoint("run")["step"] == 6
     assert Path("run/encoder.pt").read_bytes() == saved
+    train.main([*flags, "--precision", "fp32"])
+    assert last_checkpoint("run")["step"] == 12
+    folder = argparse.Namespace(cfg=make_cfg(*flags))
+    for bad in (math.nan, math.inf):
+        row = dict(step=4, lr=0.1, loss=1.0, kl=bad)
+        with pytest.raises(FloatingPointError, match="not finite at step 4"):
+            train.RunFolder.check(folder, row)
 
 
 def test_a_row_of_the_log_has_the_numbers_of_its_step(quick, monkeypatch, teacher_file):
@@ -4147,7 +4265,7 @@ def test_two_processes_are_one_run(tmp_path, monkeypatch, few_shapes):
         assert not same(starts[0], ends[0])
     assert same(trained(one["run"]), trained(other["run"])), "train.py averages gradients, too"
     assert one["mean"] == other["mean"] == dict(loss=2.5, kl=25.0), "the log is about both"
-    assert one["refused"] == other["refused"] == "the loss is not finite at step 3", "NaN on one"
+    assert one["nan"] and other["nan"], "NaN on one process ends both"
     for result in (one, other):
         assert torch.equal(result["gathered"], torch.arange(8.0)[:, None])
     assert torch.allclose(one["keys"], torch.arange(0.0, 12, 2)[:, None])
@@ -4227,11 +4345,9 @@ def two_ranks(rank, folder):
     result["keys"] = moco.targets([None, torch.arange(0.0, 12, 2)[:, None] + rank])
 
     values = dict(loss=torch.tensor(2.0 + rank), kl=torch.tensor(20.0 + 10 * rank))
-    result["mean"] = train.mean_of_ranks(values, 1)
-    try:
-        train.mean_of_ranks(dict(loss=torch.tensor(1.0 if rank else math.nan)), 3)
-    except InputError as error:
-        result["refused"] = str(error).split(";")[0]
+    result["mean"] = train.mean_of_ranks(values)
+    one_nan = dict(loss=torch.tensor(1.0 if rank else math.nan))
+    result["nan"] = math.isnan(train.mean_of_ranks(one_nan)["loss"])
     with probe.main_process_first():
         time.sleep(0 if rank else 0.5)
         with open(f"{folder}/order", "a") as file:

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from probe import (DATASETS, SMALL, Parser, batches, evaluate, init_distributed, is_main_process,
-                   label_use, load_data, main_process_first, print0, print_table, run_command,
-                   save_views)
+                   label_use, load_data, main_process_first, print0, print_table,
+                   refuse_among_data, run_command, save_views)
 from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, describe, load_teacher,
                   rank_and_world_size, read_checkpoint, save_encoder, save_file)
 
@@ -69,7 +70,7 @@ METHOD_CHANGES = {
 NOT_INHERITED = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim",
                  "view_epochs", "symmetric", "small_crops")     # flags of --method alone
 MAY_CHANGE_ON_RESUME = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps",
-                        "compare", "compile", "teacher_cache", "profile")
+                        "compare", "compile", "teacher_cache", "profile", "precision")
 MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed",
                "small_crops")
 
@@ -229,6 +230,7 @@ def compile_and_distribute(method, cfg):
             network.compile()
     if not dist.is_initialized():
         return method
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)    # torch 2.14's
     return DistributedDataParallel(method, broadcast_buffers=False)
 
 
@@ -305,8 +307,8 @@ def train(cfg, data, device, teacher=None):
         should_log = should_save or steps_done % LOG_EVERY == 0
         if should_log:                                          # with the queue that the loss saw
             row = dict(step=steps_done, epoch=steps_done / steps_per_epoch, lr=lr)
-            values = {"loss": loss, **method.diagnostics(outputs, targets)}
-            row.update(mean_of_ranks(values, steps_done))       # waits for the device
+            row.update(mean_of_ranks({"loss": loss, **method.diagnostics(outputs, targets)}))
+            folder.check(row)
         method.after_step(targets)                              # only now the queue moves on
         if should_log and is_main_process():
             row.update(clock.lap(cfg.batch_size), knn=None)
@@ -321,15 +323,12 @@ def train(cfg, data, device, teacher=None):
     return clock.seconds
 
 
-def mean_of_ranks(values, step):
-    """A dict of scalar tensors -> of floats, averaged over processes; InputError for NaN or inf."""
+def mean_of_ranks(values):
+    """A dict of scalar tensors -> of floats, averaged over processes; waits for the device."""
     means = torch.stack([value.detach().float() for value in values.values()])
     if dist.is_initialized():
         dist.all_reduce(means)
         means /= dist.get_world_size()
-    if not means.isfinite().all():
-        raise InputError(f"the loss is not finite at step {step}; lower --lr, raise "
-                         "--warmup-epochs, or take --precision fp32")
     return dict(zip(values, means.tolist()))
 
 
@@ -390,7 +389,11 @@ def read_last(out, identity):
         raise InputError(f"{path} is not a run's checkpoint; name another --out, or delete it")
     other = differences(saved["identity"], identity)
     if other:
-        raise InputError(f"{out} holds a run with other settings ({other}); name another --out")
+        hint = ""
+        if "epochs" in [key for key in identity if saved["identity"].get(key) != identity[key]]:
+            hint = f" (that run's learning rate is down; --init {out}/encoder.pt starts from it)"
+        raise InputError(f"{out} holds a run with other settings ({other}); name another --out"
+                         f"{hint}")
     return saved
 
 
@@ -430,6 +433,15 @@ class RunFolder:
             kept = [line for line in lines[1:] if int(line.split(",")[0]) <= saved["step"]]
             (out / "log.csv").write_text("".join(lines[:1] + kept))
         return saved["step"], saved["seconds"]
+
+    def check(self, row):
+        """FloatingPointError if the run has diverged; before anything of it is saved."""
+        if not all(math.isfinite(value) for value in row.values()):
+            raise FloatingPointError(
+                f"the loss is not finite at step {row['step']}, learning rate {row['lr']:.3g}; "
+                f"{self.cfg.out}/last.pt is the last good checkpoint: with --precision fp32 the "
+                "same command goes on from it; a lower --lr or more --warmup-epochs are another "
+                "run: name another --out, or delete the folder")
 
     def write_row(self, row, last_step):
         """Append a row to log.csv; print it every ten seconds, and with each kNN evaluation."""
@@ -530,12 +542,7 @@ def fit_to_data(cfg, data):
     if cfg.queue_size > num_images and cfg.method != "supervised" and not cfg.profile:
         print0(f"note: the queue of {cfg.queue_size:,} is cut to the {num_images:,} images")
         cfg.queue_size = num_images
-    folder = Path(cfg.data).resolve()
-    out = Path(cfg.out).resolve()
-    is_flat = cfg.dataset == "folder" and not (folder / "train").is_dir()
-    if is_flat and (folder == out or folder in out.parents):
-        raise InputError(f"the run's folder {cfg.out} would lie among the images of {cfg.data}; "
-                         "name another --out")
+    refuse_among_data(cfg.out, cfg.dataset, cfg.data)
     identity = run_identity(cfg, data)
     for name in ("dim", *SWAV):                                 # not known before the teacher is
         del identity[name]
