@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -624,7 +625,7 @@ def fit_classifier(encoder, data, device, cfg):
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     network = nn.Sequential(backbone, layer)
-    model = DistributedDataParallel(network) if dist.is_initialized() else network
+    model = distribute(network)
     scale = cfg.batch_size / 256
     groups = [dict(params=layer.parameters(), lr=scale * cfg.lr)]
     if is_trained:
@@ -792,6 +793,14 @@ def init_distributed(device_name):
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=gpu)
     return device
+
+
+def distribute(module):
+    """The module, its gradients averaged over the processes, if there are several."""
+    if not dist.is_initialized():
+        return module
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)    # torch 2.14's
+    return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def is_main_process():

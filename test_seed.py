@@ -3013,7 +3013,7 @@ def slow_training(method, data, cfg, steps):
         views = []
         for v in range(method.views_per_image):
             u = uniforms(0, epoch, samples, v)
-            options = (16, (0.1, 0.3)) if v >= 2 else (32,)             # two small crops
+            options = (24, (0.2, 0.5)) if v >= 2 else (32,)             # two small crops
             view = augment(data.train.pixels[samples], u, *options, blur=False)
             views.append(view.contiguous(memory_format=torch.channels_last))
         torch.manual_seed(step)                                 # for MoCo's shuffle
@@ -3334,14 +3334,14 @@ def test_small_crops_must_fit_the_networks(quick, teacher_file):
         provenance = "a test"
 
         def check_image_size(self, image_size):
-            if image_size == 16:
-                raise InputError("not at 16 px")
+            if image_size == 24:
+                raise InputError("not at 24 px")
 
     train_flags = [*TINY, "--arch", ARCH, "--small-crops", "1", "--teacher", "x", "--out", "run"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_teacher", lambda path, arch: Picky())
         patch.setattr(Picky, "multi_crop", False, raising=False)
-        with pytest.raises(InputError, match="not at 16 px"):
+        with pytest.raises(InputError, match="not at 24 px"):
             train.main(train_flags)
 
 
@@ -3982,6 +3982,21 @@ def load_encoder_of_a_test():
     return encoder.eval().requires_grad_(False)
 
 
+def test_a_protocol_sees_the_same_batches_in_any_number_of_processes(few_shapes, monkeypatch):
+    """With 8 GPUs the paper's learning rate would go with another batch."""
+    args = argparse.Namespace(epochs=None, batch_size=None, seed=0, workers=0)
+    data = load_data("shapes", subset=75)
+    encoder = load_encoder_of_a_test()
+    sizes = []
+    for world_size in (1, 2, 4):
+        monkeypatch.setattr(probe, "rank_and_world_size", lambda: (0, world_size))
+        sizes.append(probe.protocol(probe.LINEAR, args, encoder, data).batch_size)
+    assert sizes == [75, 74, 72], "over all processes; at most the images, evenly shared"
+    monkeypatch.setattr(probe, "rank_and_world_size", lambda: (0, 64))
+    with pytest.raises(InputError, match="75 training images are too few"):
+        probe.protocol(probe.LINEAR, args, encoder, data)
+
+
 def test_fine_tuning_trains_the_whole_network_on_the_share_of_labels(quick, few_shapes, capsys):
     """With the backbone frozen, or with more labels than it says, the semi-supervised row of the
     paper would be another experiment."""
@@ -4170,6 +4185,9 @@ def test_bad_input_to_several_processes_is_one_line_of_the_first(monkeypatch, ca
 @pytest.mark.parametrize("error, words", [
     (KeyboardInterrupt(), "\ninterrupted; the same command resumes"),
     (torch.OutOfMemoryError("CUDA"), "error: out of memory; lower --batch-size"),
+    (RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error."),
+     "error: a process that reads images was killed; if shared memory (/dev/shm) is small"),
+    (FloatingPointError("the loss is nan"), "error: the loss is nan"),
     (OSError("disk full"), "error: disk full")])
 def test_a_run_that_cannot_go_on_says_why_in_one_line(monkeypatch, error, words):
     """The reader would have to look for the reason in a traceback."""
@@ -4249,6 +4267,13 @@ def test_torchrun_with_two_processes_gives_a_student(tmp_path, folder_of_images)
     assert len(log_rows(tmp_path / "run")) == 1
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert [row["labels"] for row in results] == ["no"] * 3
+    probe_flags = ("--linear paper --epochs 2 --batch-size 8 --device cpu --workers 0 --dataset "
+                   "folder --data").split()
+    done = command(sys.executable, *launcher, HERE / "probe.py", "run/encoder.pt", *probe_flags,
+                   folder_of_images, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("linear probe as in the paper") == 1
+    assert "linear_paper" in json.loads((tmp_path / "run/probe.json").read_text())
 
 
 def test_two_processes_are_one_run(tmp_path, monkeypatch, few_shapes):

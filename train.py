@@ -18,18 +18,16 @@ import shutil
 import tempfile
 import textwrap
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.autograd import DeviceType
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from probe import (DATASETS, SMALL, Parser, batches, evaluate, init_distributed, is_main_process,
-                   label_use, load_data, main_process_first, print0, print_table,
+from probe import (DATASETS, SMALL, Parser, batches, distribute, evaluate, init_distributed,
+                   is_main_process, label_use, load_data, main_process_first, print0, print_table,
                    refuse_among_data, run_command, save_views)
 from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, describe, load_teacher,
                   rank_and_world_size, read_checkpoint, save_encoder, save_file)
@@ -50,7 +48,8 @@ PAPER = dict(
 SWAV = dict(crop_scale=(0.14, 1.0), small_crops=6)      # with such a teacher, above 64 px
 TO_64_PX = dict(
     image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, lr=0.1, queue_size=2048,
-    eval_every=5, teacher_arch="resnet18", teacher_epochs=12, small_size=16, small_scale=(0.1, 0.3))
+    eval_every=5, teacher_arch="resnet18", teacher_epochs=12,
+    small_size=24, small_scale=(0.2, 0.5))              # at 16 px all crops are alike to a teacher
 RECIPES = {
     "shapes": dict(TO_64_PX, epochs=14, teacher_epochs=8, teacher_method="supervised"),
     "cifar": dict(TO_64_PX, small_images=True, epochs=200, warmup_epochs=5, batch_size=256,
@@ -228,10 +227,7 @@ def compile_and_distribute(method, cfg):
     for network in method.children():
         if cfg.compile and not isinstance(network, FeatureQueue):
             network.compile()
-    if not dist.is_initialized():
-        return method
-    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)    # torch 2.14's
-    return DistributedDataParallel(method, broadcast_buffers=False)
+    return distribute(method)
 
 
 def network_dtype(cfg, device, frozen=False):
