@@ -46,6 +46,7 @@ import math
 import operator
 import os
 import re
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -842,6 +843,9 @@ def read_checkpoint(path_or_url):
     try:
         if path.startswith(("http://", "https://")):
             path = download(path)
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+        if damaged:                                         # torch.load does not look at checksums
+            raise ValueError(f"{damaged} in it is damaged")
         with torch.serialization.safe_globals(HARMLESS):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

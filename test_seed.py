@@ -1304,7 +1304,12 @@ def test_what_is_no_checkpoint_is_an_error_in_one_line(tmp_path):
     assert "0 of 280 keys" in refusal(path)
     torch.save({**whole, "head": [1, 2]}, path)
     assert 'Missing key(s) in state_dict: "head.0.weight"' in refusal(path)
-    path.write_bytes(path.read_bytes()[:300])
+    torch.save(whole, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64                                    # one bit
+    path.write_bytes(content)
+    assert re.search("cannot read .*: file/data/[0-9]+ in it is damaged", refusal(path))
+    path.write_bytes(content[:300])
     assert f"cannot read {path}: " in refusal(path)
     for content, words in ((b"<!DOCTYPE html><html>no quota left</html>", "it is a web page"),
                            (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
