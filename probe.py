@@ -641,6 +641,9 @@ def fit_classifier(encoder, data, device, cfg):
         loss.backward()
         optimizer.step()
         schedule.step()
+    if is_trained:          # few steps leave running statistics behind, by far: average them anew
+        some = batches(data.train, cfg, device, views, range(min(steps, 20)), color=False)
+        torch.optim.swa_utils.update_bn((batch.views[0] for batch in some), backbone)
     encoder.eval()
     features = extract_features(encoder, data.test, device, cfg.workers)
     return accuracy(layer, features.to(device), data.test.labels.to(device))

@@ -2349,7 +2349,8 @@ def test_what_pillow_can_open_is_read_and_the_rest_is_counted(tmp_path):
 
 def test_each_directory_is_read_once_however_many_links_lead_to_it(tmp_path):
     """A link upwards would multiply the images, and put test images among the training images."""
-    write_images(tmp_path, [f"{label}/{i}.png" for label in "ab" for i in range(6)])
+    for label in "ab":
+        write_images(tmp_path / label, [f"{i}.png" for i in range(6)])
     os.symlink("..", tmp_path / "a" / "up")
     os.symlink("a", tmp_path / "again")
     data = load_data("folder", tmp_path, 16)
@@ -2360,7 +2361,8 @@ def test_each_directory_is_read_once_however_many_links_lead_to_it(tmp_path):
 @pytest.mark.parametrize("name", ["folder", "imagenet"])
 def test_a_flat_val_folder_is_not_used_for_accuracy(tmp_path, name):
     """ImageNet from Kaggle has one; without a word there would be no accuracy at all."""
-    write_images(tmp_path, [f"train/{label}/{i}.png" for label in "xy" for i in range(10)])
+    for label in "xy":
+        write_images(tmp_path / "train" / label, [f"{i}.png" for i in range(10)])
     write_images(tmp_path, ["val/1.png", "val/2.png"])
     data = load_data(name, tmp_path, 16)
     assert data.has_labels
@@ -3048,7 +3050,8 @@ def test_a_run_is_its_recipe_step_by_step(quick, name):
     torch.manual_seed(0)
     network = Encoder(ARCH, 8, image_size=32)
     if name == "seed":
-        method = SEED(network, teacher, 64, 0.3, 0.07, bool(more), small_crops=2 * bool(more))
+        options = dict(symmetric=True, small_crops=2) if more else {}
+        method = SEED(network, teacher, 64, 0.3, 0.07, **options)
     elif name == "moco":
         method = MoCo(network, 64, 0.99, 0.3, 1)
     else:
@@ -3090,6 +3093,26 @@ def test_a_kill_while_saving_costs_nothing(quick, monkeypatch, name):
     checkpoint = last_checkpoint("run")
     assert (checkpoint["step"], checkpoint["seconds"]) == (1, 2.5)
     assert load_teacher("run/encoder.pt").arch == ARCH
+
+
+def test_two_runs_in_one_folder_do_not_mix(quick, teacher_file):
+    """The same command started twice, or by srun without torchrun, would mix two logs."""
+    train.main(["--teacher", teacher_file, "--arch", ARCH, *TINY, "--out", "run"])
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    holder = subprocess.Popen([sys.executable, "-c", "import pathlib, train\n"
+                               "lock = train.lock_folder(pathlib.Path('run'))\n"
+                               "print('held', flush=True)\ninput()"], cwd=quick, text=True,
+                              env={**os.environ, "PYTHONPATH": str(HERE)},
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == "held\n"
+    words = f"process {holder.pid} on .* is at work in run; wait for it"
+    again = ["--teacher", teacher_file, "--arch", ARCH, *TINY, "--out", "run"]
+    with pytest.raises(InputError, match=words):
+        train.main(again)
+    before.pop(Path("run/.lock"))
+    assert before == {path: path.read_bytes() for path in before}
+    holder.communicate("\n")
+    train.main(again)                                           # as soon as the other has ended
 
 
 def test_a_student_does_not_go_on_under_another_teacher(quick):
@@ -4032,6 +4055,26 @@ def test_fine_tuning_trains_the_whole_network_on_the_share_of_labels(quick, few_
     assert re.search(r"fine-tuned [\d.]+%   the same network from scratch [\d.]+%", out)
     summary = json.loads(Path("probe.json").read_text())
     assert {"finetuned", "from_scratch"} <= summary.keys()
+
+
+def test_a_network_trained_for_few_steps_is_evaluated_with_statistics_of_its_own(few_shapes):
+    """MobileNet's batch norm moves by 1% a step; in evaluation mode all features would be one
+    point, and the row "from scratch" that of chance."""
+    data = load_data("shapes", subset=64)
+    encoder = Encoder("mobilenet_v3_small", 8, image_size=32)
+    cfg = argparse.Namespace(**{**probe.SCRATCH, "batch_size": 32, "epochs": 2}, seed=0, workers=0,
+                             image_size=32)
+    probe.fit_classifier(encoder, data, CPU, cfg)
+    x = F.normalize(probe.extract_features(encoder, data.train), dim=1)
+    assert x.std(0).square().sum().sqrt() > 0.02
+    first = next(m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d))
+    views = [(32, cfg.crop_scale)]
+    seen = [b.views[0] for b in probe.batches(data.train, cfg, CPU, views, range(4), color=False)]
+    conv = encoder.backbone.features[0][0]
+    with torch.no_grad():
+        mean = torch.stack([conv(view).mean((0, 2, 3)) for view in seen]).mean(0)
+    assert torch.allclose(first.running_mean, mean, atol=1e-4)
+    assert first.momentum == 0.01, "as before, for whoever trains on"
 
 
 def test_a_share_of_labels_is_the_same_of_each_class():

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
 import textwrap
@@ -393,6 +394,26 @@ def read_last(out, identity):
     return saved
 
 
+def lock_folder(out):
+    """A file that keeps other runs out of the folder while this process lives; InputError if one is
+    at work there. (Not on Windows.)"""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "a+")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return file
+    except OSError:
+        file.seek(0)
+        raise InputError(f"{file.read() or 'another process'} is at work in {out}; wait for it, or "
+                         "name another --out") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
 class RunFolder:
     """What a run leaves: args.json, views.png, log.csv, last.pt, to resume, and encoder.pt."""
 
@@ -409,10 +430,11 @@ class RunFolder:
     def open(self):
         """Load last.pt, or make the folder: (steps done, seconds spent)."""
         out = Path(self.cfg.out)
+        if is_main_process():
+            self.lock = lock_folder(out)
         saved = read_last(out, self.identity)
         if saved is None:
             if is_main_process():
-                out.mkdir(parents=True, exist_ok=True)
                 (out / "args.json").write_text(json.dumps(vars(self.cfg), indent=1) + "\n")
                 (out / "log.csv").write_text("")
                 save_views(out / "views.png", self.data, self.cfg.crop_scale, self.cfg.blur,
