@@ -911,6 +911,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not 0 < args.label_fraction <= 1:
         raise InputError(f"--label-fraction {args.label_fraction} is not above 0 and at most 1")
+    if any(value is not None and value < 1 for value in (args.epochs, args.batch_size)):
+        raise InputError("--epochs and --batch-size must be above 0")
     return args
 
 

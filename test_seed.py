@@ -4092,6 +4092,7 @@ def test_protocols_refuse_what_they_cannot_do(quick, few_shapes):
     """Each would end in a traceback after minutes of reading."""
     write_images(Path("flat"), [f"{i}.png" for i in range(12)])
     for flags, words in (("--label-fraction 0", "not above 0"), ("--label-fraction 2", "at most 1"),
+                         ("--finetune --epochs 0", "must be above 0"),
                          ("--finetune --dataset folder --data flat", "no labels to train"),
                          ("--linear paper --dataset folder --data flat", "no labels to train")):
         with pytest.raises(InputError, match=words):
