@@ -47,6 +47,7 @@ SMALL = 64                      # images up to so many pixels a side are decoded
 MEMORY = 2 * 2**30              # if all of them take no more bytes than this
 TABLE_LIMIT = 50_000            # images of a split that the table looks at
 ENDINGS = set(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .jp2".split())
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # processes on this machine
 VAL_NAMES = ("val", "valid", "validation", "test")
 WHITE = (1, 255, 4095, 65535)   # the brightest value of an image with more than 8 bits
 
@@ -641,6 +642,8 @@ def fit_classifier(encoder, data, device, cfg):
         loss.backward()
         optimizer.step()
         schedule.step()
+    if not loss.isfinite():
+        raise FloatingPointError("the loss is not finite; the accuracy would mean nothing")
     if is_trained:          # few steps leave running statistics behind, by far: average them anew
         some = batches(data.train, cfg, device, views, range(min(steps, 20)), color=False)
         torch.optim.swa_utils.update_bn((batch.views[0] for batch in some), backbone)
@@ -748,7 +751,8 @@ def print_table(rows, data, device, workers, out):
             texts = [f"{scores['knn']:.1f}%", f"{scores['linear']:.1f}%"]
         seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
         labels = {True: "yes", False: "no", None: "unknown"}[encoder.used_labels]
-        if encoder.used_labels and "teacher: " in encoder.provenance:
+        made = encoder.provenance.split(", started from: ")
+        if encoder.used_labels and len(made) == 1 and "teacher: " in made[0]:
             labels = "by its teacher"
         print(f"{row['name']:{width}s}  {texts[0]:>6s}  {texts[1]:>6s}  {seconds:>7s}  {labels}",
               flush=True)
@@ -860,7 +864,7 @@ def run_command(main):
         sys.exit("error: a process that reads images was killed; if shared memory (/dev/shm) is "
                  "small, as in Docker, give it more (--shm-size 8g), or take --workers 0")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command resumes from the last full epoch")
+        sys.exit("\ninterrupted; train.py resumes from the last full epoch by the same command")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -904,7 +908,8 @@ def parse_args(argv=None):
     flag("--batch-size", type=int, help="of both, over all processes; if not given, 256")
     flag("--export", metavar="PATH", help="only write the weights as torchvision names them")
     flag("--seed", type=int, default=0, help="of the subset, and of random:ARCH")
-    flag("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read images")
+    flag("--workers", type=int, default=min(8, os.cpu_count() // LOCAL_WORLD_SIZE or 1),
+         help="processes that read images")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--out", metavar="DIR", help="for probe.json and neighbors.png; if not given, beside the "
          "encoder's file, or here")
@@ -961,7 +966,8 @@ def main(argv=None):
     with main_process_first():
         encoder = load_encoder(args).to(device, memory_format=torch.channels_last)
     if args.export:
-        export(encoder, args.export)
+        if is_main_process():
+            export(encoder, args.export)
         return print0(f"wrote {args.export}: {encoder.arch}, all but its class layer")
     with main_process_first():
         data = load_data(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
@@ -980,9 +986,12 @@ def main(argv=None):
     found = [f"{NAMES[key]} {scores[key]:.1f}%" for key in NAMES if scores.get(key) is not None]
     print("   ".join(found) or "no labels, so no accuracy")
     summary = dict(encoder=args.encoder, provenance=encoder.provenance,
-                   used_labels=encoder.used_labels, data=str(data), **scores)
-    (out / "probe.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"wrote {out / 'probe.json'} after {time.time() - start:.0f} s")
+                   used_labels=encoder.used_labels, data=str(data), flags=vars(args), **scores)
+    file = out / "probe.json"
+    if args.finetune or args.linear == "paper":
+        file = out / f"probe-{next(iter(scores))}.json"         # beside those of other protocols
+    file.write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"wrote {file} after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

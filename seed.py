@@ -313,6 +313,9 @@ class SEED(nn.Module):
         """See `seed_diagnostics`, for the large views; small_loss; how far the queue is filled."""
         values = seed_diagnostics(*self.large(z_s, z_t), self.queue.features, self.tau_s,
                                   self.tau_t)
+        if self.large_views > 1:                            # a copy's views change places, too
+            values["loss_of_a_copy"] = seed_loss(*self.large(z_t, z_t), self.queue.features,
+                                                 self.tau_s, self.tau_t)
         if self.small_queue is not None:
             values["small_loss"] = self.small_loss(z_s, z_t)
         return dict(values, queue_filled=self.queue.filled)

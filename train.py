@@ -68,7 +68,7 @@ METHOD_CHANGES = {
     ("folder, to 64 px", "moco"): dict(lr=0.06, key_momentum=0.99),
 }
 NOT_INHERITED = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim",
-                 "view_epochs", "symmetric", "small_crops")     # flags of --method alone
+                 "view_epochs", "symmetric", "small_crops", "small_size")    # of --method alone
 MAY_CHANGE_ON_RESUME = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps",
                         "compare", "compile", "teacher_cache", "profile", "precision")
 MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed",
@@ -197,7 +197,8 @@ def new_encoder(cfg):
         encoder.check_image_size(cfg.small_size)
         encoder.check_image_size(cfg.image_size)
     if cfg.init:
-        encoder.start_from(load_teacher(cfg.init, cfg.arch))
+        with main_process_first():
+            encoder.start_from(load_teacher(cfg.init, cfg.arch))
     return encoder
 
 
@@ -356,6 +357,8 @@ class Clock:
 def run_identity(cfg, data):
     """What makes a run this run and no other: its settings and data."""
     settings = {key: value for key, value in vars(cfg).items() if key not in MAY_CHANGE_ON_RESUME}
+    if not cfg.small_crops:
+        del settings["small_size"], settings["small_scale"]
     return {**settings, "data_fingerprint": data.fingerprint}
 
 
@@ -574,12 +577,13 @@ def get_teacher(args, cfg, data, device):
     seconds = None
     if not path and args.profile:                               # any weights take the same time
         teacher = Encoder(cfg.teacher_arch, cfg.dim, None, cfg.small_images, cfg.image_size)
+        cfg.teacher_cache = None                                # its embeddings are of no use
     else:
         if not path:
             path, seconds = train_teacher(args, cfg, data, device)
         with main_process_first():
             teacher = load_teacher(path, args.teacher_arch)
-        if teacher.multi_crop and recipe_of(args.dataset, args.image_size) == "imagenet, folder":
+        if teacher.multi_crop and cfg.image_size > SMALL:
             vars(cfg).update(SWAV)
             if args.small_crops is not None:
                 cfg.small_crops = args.small_crops
