@@ -598,7 +598,8 @@ def adapt_stem_for_small_images(backbone, arch):
 EVALUATED = (".encoder_q.", ".base_encoder.", ".student.", ".teacher.backbone.",
              ".encoder.backbone.", ".backbone.", "")    # which to take of several networks
 LEFTOVERS = ("encoder_k", "key_encoder", "momentum", "queue", "prototypes", "predict", "optimizer",
-             "classifier", "class_vectors", "memory_bank", ".bn.", "head.mlp.", "last_layer.")
+             "classifier", "class_vectors", "memory_bank", ".bn.", "head.mlp.", "last_layer.",
+             "dino_loss", "callbacks.")
 RESNET_KEYS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
 RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3",
                    "7": "layer4"}
@@ -777,7 +778,7 @@ def sort_weights(tensors, prefix, others, teacher, path):
         is_child = key.split(".")[0] in children and group != class_layer
         if name.startswith(prefix) and key in own:
             backbone[key] = value
-        elif name.startswith(others) or any(word in name for word in LEFTOVERS):
+        elif name.startswith(others) or any(word in f".{name}" for word in LEFTOVERS):
             continue
         elif group == class_layer and not match[2] and "encoder_q" not in prefix:
             continue                                                    # scores of classes
@@ -804,7 +805,7 @@ def rebuild_head(weights, width):
     biases = set()
     for number in numbers:
         if len(head) and number - 1 not in numbers:
-            head.add_module(str(number - 1), nn.ReLU())
+            head.add_module(str(number - 1), nn.ReLU(inplace=True))
         weight = weights.get(f"{number}.weight", ())
         mean = weights.get(f"{number}.running_mean")
         if mean is not None:

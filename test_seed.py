@@ -1445,7 +1445,8 @@ LAYOUTS = {         # name: file of a backbone's weights w, the head in it, the 
     "a backbone": (lambda w, h: dict(w), None, ""),
     "DINO": (lambda w, h: dict(
         student=under("module.", {**under("backbone.", OTHER), **DINO_HEAD}), args=ARGS, epoch=3,
-        teacher={**under("backbone.", w), **DINO_HEAD}, optimizer=OPTIMIZER), None,
+        teacher={**under("backbone.", w), **DINO_HEAD}, optimizer=OPTIMIZER,
+        dino_loss={"center": torch.zeros(1, 90)}), None,
         "teacher.backbone."),
     "Barlow Twins": (lambda w, h: dict(epoch=1, model={
         **under("module.backbone.", w), **under("module.projector.", h),
