@@ -17,7 +17,10 @@ import hashlib
 import itertools
 import json
 import os
+import platform
+import re
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -40,16 +43,18 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 
 from seed import (IMAGENET_MEAN, IMAGENET_STD, Encoder, InputError, augment, crop_box, load_teacher,
-                  normalize, rank_and_world_size, save_file, to_float, uniforms)
+                  normalize, rank_and_world_size, replace_file, save_file, to_float, uniforms)
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 SMALL = 64                      # images up to so many pixels a side are decoded once and kept,
 MEMORY = 2 * 2**30              # if all of them take no more bytes than this
 TABLE_LIMIT = 50_000            # images of a split that the table looks at
 ENDINGS = set(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .jp2".split())
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # processes on this machine
 VAL_NAMES = ("val", "valid", "validation", "test")
 WHITE = (1, 255, 4095, 65535)   # the brightest value of an image with more than 8 bits
+SKIPPED = set()                 # files of images that cannot be read; each is named once
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1")
+                if hasattr(signal, name)]                       # Windows has no SIGUSR1
 
 
 # ------------------------------------------------------------------------------------ the data sets
@@ -128,16 +133,18 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
         order = np.random.default_rng(seed).permutation(len(train))
         train = train.subset(np.sort(order[:subset]))
     digest = hashlib.sha256(name.encode())
+    splits = []
     for split in (train, test):
         if split.files is not None:
             names = "\n".join(file[len(str(root)) + 1:] for file in split.files)
             digest.update(names.encode("utf-8", "surrogateescape"))
             if image_size <= SMALL and len(split) * 3 * image_size**2 <= MEMORY:
-                split.pixels = decode(split.files, image_size)
+                split = decode(split, image_size)
         for values in (split.pixels, split.labels):
             if values is not None:
                 digest.update(values.numpy())
-    return Data(name, image_size, train, test, classes, digest.hexdigest()[:12], notes)
+        splits.append(split)
+    return Data(name, image_size, *splits, classes, digest.hexdigest()[:12], notes)
 
 
 def native_size(name):
@@ -226,10 +233,17 @@ def list_files(top):
 def is_image(path):
     """Whether Pillow knows the format of a file."""
     try:
-        with Image.open(path):
+        with open_image(path):
             return True
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Exception:                                           # whatever a decoder raises
         return False
+
+
+def open_image(path):
+    """Pillow's Image; but at a named pipe that would wait for ever."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError("no such file")
+    return Image.open(path)
 
 
 def refuse_among_data(out, dataset, data):
@@ -264,7 +278,7 @@ def read_crops(path, sizes, choose_boxes):
     Pillow resizes each straight out of the image, and decodes a JPEG at 1/2, 1/4 or 1/8 where that
     is still fine enough. Raises: InputError naming the file if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             turn = image.getexif().get(ExifTags.Base.Orientation, 1)
             if turn > 4 and image.format != "TIFF":             # Pillow turns those by itself
@@ -288,9 +302,20 @@ def read_crops(path, sizes, choose_boxes):
                 crop = image.resize((size, size), Image.Resampling.BILINEAR, box=corners)
                 pixels = np.array([np.asarray(channel) for channel in crop.split()])
                 crops.append(torch.from_numpy(pixels))          # [3, size, size]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:                                      # whatever a decoder raises
         raise InputError(f"cannot read the image {path} ({e}); replace or remove it") from None
     return crops
+
+
+def skip(files, total):
+    """Name images that cannot be read, each once; InputError if they are more than 1% of all."""
+    names = ", ".join(sorted(files)[:3])
+    if len(files) > max(1, total // 100):
+        raise InputError(f"{len(files)} of {total:,} images cannot be read, such as {names}; "
+                         "replace or remove them")
+    for file in sorted(set(files) - SKIPPED):
+        print0(f"note: the image {file} cannot be read and is skipped")
+    SKIPPED.update(files)
 
 
 def center_box(size):
@@ -304,17 +329,34 @@ def center_box(size):
     return choose_boxes
 
 
-def decode(files, size):
-    """The central squares of all files at once: uint8 [N, 3, size, size]."""
+def decode(split, size):
+    """The split with its files decoded: their central squares, uint8 [N, 3, size, size]."""
+    def read(file):
+        try:
+            return read_crops(file, [size], center_box(size))[0]
+        except InputError:
+            return None
+
     with ThreadPoolExecutor() as pool:
-        crops = pool.map(lambda file: read_crops(file, [size], center_box(size))[0], files)
-        return torch.stack(list(crops))
+        images = list(pool.map(read, split.files))
+    split = without_unreadable(split, np.array([image is not None for image in images]))
+    split.pixels = torch.stack([image for image in images if image is not None])
+    return split
+
+
+def without_unreadable(split, readable):
+    """The images of a split that could be read (bool [N]), with their labels."""
+    if readable.all():
+        return split
+    skip([split.files[i] for i in np.flatnonzero(~readable)], len(split))
+    return split.subset(np.flatnonzero(readable))
 
 
 class Crops(Dataset):
     """Files as crops, for a DataLoader. Item (epoch, index) -> a list of uint8 [3, S, S], epoch,
-    index. `views`: side and crop scale of each; scale None: the test view. The boxes depend on
-    (seed, epoch, index) and the view's number alone."""
+    index, and the index of the image that was read: where one cannot be, another takes its place,
+    always the same. `views`: side and crop scale of each; scale None: the test view. The boxes
+    depend on (seed, epoch, index) and the view's number alone."""
 
     def __init__(self, files, views, seed=0):
         self.files = np.array([os.fsencode(file) for file in files])    # one block for all workers
@@ -323,7 +365,16 @@ class Crops(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
+        others = np.random.default_rng(index).integers(len(self.files), size=10).tolist()
+        for number in (index, *others):
+            try:
+                return self.crops(epoch, number), epoch, index, number
+            except InputError as e:
+                error = e
+        raise InputError(f"{len({index, *others})} images cannot be read, such as: {error}")
 
+    def crops(self, epoch, index):
+        """The crops of an image; InputError if it cannot be read."""
         def choose_boxes(height, width):
             boxes = []
             for view, (size, scale) in enumerate(self.views):
@@ -335,7 +386,13 @@ class Crops(Dataset):
             return boxes
 
         sizes = [size for size, _ in self.views]
-        return read_crops(os.fsdecode(self.files[index]), sizes, choose_boxes), epoch, index
+        return read_crops(os.fsdecode(self.files[index]), sizes, choose_boxes)
+
+
+def ignore_stop_signals(worker):
+    """For a DataLoader: leave the signals that end a run to its main process."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -379,8 +436,14 @@ def images_from_disk(split, cfg, device, views, planned):
     is asked for is (epoch, sample), and not an index alone: the crop depends on both."""
     items = ([(epoch, int(sample)) for sample in samples] for epoch, samples in planned)
     loader = DataLoader(Crops(split.files, views, cfg.seed), batch_sampler=items,
-                        num_workers=cfg.workers, pin_memory=device.type == "cuda")
-    for crops, epoch, samples in loader:                        # crops: uint8 [B, 3, S, S] each
+                        num_workers=cfg.workers, worker_init_fn=ignore_stop_signals,
+                        pin_memory=device.type == "cuda")
+    unreadable = set()
+    for crops, epoch, asked, samples in loader:                 # crops: uint8 [B, 3, S, S] each
+        missing = asked[asked != samples].tolist()
+        if missing:
+            unreadable.update(split.files[i] for i in missing)
+            skip(unreadable, len(missing) if len(missing) == len(asked) else len(split))
         images = [crop.to(device, non_blocking=True) for crop in crops]
         yield int(epoch[0]), samples.numpy(), images
 
@@ -472,28 +535,37 @@ def resize(pixels, size):
 
 
 def test_views(split, size, device, workers, batch_size=256):
-    """The test views of a split, normalized, on the device: float32 [B, 3, size, size] batch by
-    batch. Decoded images are taken whole, those on disk by their `center_box`."""
+    """The test views of a split, batch by batch: the images' numbers, int64 [B], and the views on
+    the device, normalized, float32 [B, 3, size, size]. Decoded images are taken whole, those on
+    disk by their `center_box`; what cannot be read is left out."""
     if split.pixels is not None:
-        images = (resize(pixels.to(device), size) for pixels in split.pixels.split(batch_size))
+        numbers = torch.arange(len(split)).split(batch_size)
+        found = ((samples, resize(split.pixels[samples].to(device), size)) for samples in numbers)
     else:
         loader = DataLoader(Crops(split.files, [(size, None)]), batch_size, num_workers=workers,
-                            sampler=[(0, i) for i in range(len(split))])
-        images = (crops[0].to(device) for crops, _, _ in loader)
-    for part in images:
-        yield normalize(part).contiguous(memory_format=torch.channels_last)
+                            sampler=[(0, i) for i in range(len(split))],
+                            worker_init_fn=ignore_stop_signals)
+        found = ((asked[asked == samples], crops[0][asked == samples].to(device))
+                 for crops, _, asked, samples in loader)
+    for samples, images in found:
+        yield samples, normalize(images).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def extract_features(encoder, split, device="cpu", workers=0):
-    """Backbone features of the test views: float32 [N, feature_dim], on the CPU."""
+    """Backbone features of the test views: float32 [N, feature_dim], on the CPU; and the split of
+    these N images: all that can be read."""
     was_training = encoder.training
     encoder.eval()
-    found = []
-    for x in test_views(split, encoder.image_size, device, workers):
-        found.append(encoder.features(x).float().cpu())         # [B, feature_dim]
+    features = torch.empty(len(split), encoder.feature_dim)     # once: there may be millions
+    readable = np.zeros(len(split), bool)
+    for samples, x in test_views(split, encoder.image_size, device, workers):
+        features[samples] = encoder.features(x).float().cpu()   # [B, feature_dim]
+        readable[samples] = True
     encoder.train(was_training)
-    return torch.cat(found)
+    if not readable.all():
+        features = features[readable]
+    return features, without_unreadable(split, readable)
 
 
 def nearest_neighbors(queries, bank, k=10):
@@ -502,7 +574,7 @@ def nearest_neighbors(queries, bank, k=10):
     bank = F.normalize(bank, dim=1)
     similarities = []
     indices = []
-    for part in queries.split(512):                             # [512, N] at a time
+    for part in queries.split(128):                             # [128, N] at a time
         top = (F.normalize(part, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
         similarities.append(top.values)
         indices.append(top.indices)
@@ -518,8 +590,9 @@ def knn(train_x, train_y, test_x, test_y, k=10):
     return 100 * (votes.argmax(1) == test_y).float().mean().item()
 
 
-def fit_linear(x, y, classes, rates, epochs=100, batch_size=256):
-    """Linear layers that read y [N] off x [N, feature_dim], one for each learning rate.
+def fit_linear(x, y, rows, classes, rates, epochs=100, batch_size=256):
+    """Linear layers that read y [N] off x [N, feature_dim], one for each learning rate; trained on
+    some rows of both, int64 [n].
 
     The authors' probe: SGD, momentum 0.9, no weight decay, 100 epochs, rate x 0.1 at 60 and 80."""
     layers = [nn.Linear(x.shape[1], classes).to(x.device) for _ in rates]
@@ -531,8 +604,8 @@ def fit_linear(x, y, classes, rates, epochs=100, batch_size=256):
     milestones = [round(0.6 * epochs), round(0.8 * epochs)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     for epoch in range(epochs):
-        order = torch.from_numpy(np.random.default_rng(epoch).permutation(len(x))).to(x.device)
-        for batch in order.split(batch_size):
+        order = torch.from_numpy(np.random.default_rng(epoch).permutation(len(rows)))
+        for batch in rows[order.to(x.device)].split(batch_size):
             batch_x = x[batch]
             batch_y = y[batch]
             loss = sum(F.cross_entropy(layer(batch_x), batch_y) for layer in layers)
@@ -558,15 +631,15 @@ def linear_probe(train_x, train_y, test_x, test_y, rates=(0.001, 0.003, 0.01, 0.
     mean = train_x.mean(0)
     std = train_x.std(0)
     std = std.clamp(min=1e-5 * std.max().item() + 1e-30)        # a constant feature stays at 0
-    train_x = (train_x - mean) / std
-    test_x = (test_x - mean) / std
+    train_x = (train_x - mean).div_(std)
+    test_x = (test_x - mean).div_(std)
     classes = int(train_y.max()) + 1
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train_x))).to(train_x.device)
     held_out, rest = order.tensor_split([max(1, len(order) // 10)])
-    layers = fit_linear(train_x[rest], train_y[rest], classes, rates)
+    layers = fit_linear(train_x, train_y, rest, classes, rates)
     found = [accuracy(layer, train_x[held_out], train_y[held_out]) for layer in layers]
     rate = rates[int(np.argmax(found))]
-    [layer] = fit_linear(train_x, train_y, classes, [rate])
+    [layer] = fit_linear(train_x, train_y, order, classes, [rate])
     return accuracy(layer, test_x, test_y), rate
 
 
@@ -581,9 +654,8 @@ def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
         if limit and len(split) > limit:
             split = split.subset(np.random.default_rng(0).permutation(len(split))[:limit])
         splits.append(split)
-    train, test = splits
-    train_x = extract_features(encoder, train, device, workers)
-    test_x = extract_features(encoder, test, device, workers)
+    train_x, train = extract_features(encoder, splits[0], device, workers)
+    test_x, test = extract_features(encoder, splits[1], device, workers)
     scores = dict(knn=None, linear=None, rate=None)
     if data.has_labels:
         labeled = [x.to(device) for x in (train_x, train.labels, test_x, test.labels)]
@@ -648,8 +720,8 @@ def fit_classifier(encoder, data, device, cfg):
         some = batches(data.train, cfg, device, views, range(min(steps, 20)), color=False)
         torch.optim.swa_utils.update_bn((batch.views[0] for batch in some), backbone)
     encoder.eval()
-    features = extract_features(encoder, data.test, device, cfg.workers)
-    return accuracy(layer, features.to(device), data.test.labels.to(device))
+    features, test = extract_features(encoder, data.test, device, cfg.workers)
+    return accuracy(layer, features.to(device), test.labels.to(device))
 
 
 def label_fraction(split, fraction, seed):
@@ -688,14 +760,22 @@ def save_grid(path, rows, frames=None):
             framed = torch.tensor(color)[:, None, None].repeat(1, side * zoom + 8, side * zoom + 8)
             framed[:, 4:-4, 4:-4] = tile.cpu().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
             tiles.append(framed)
-    torchvision.utils.save_image(tiles, path, nrow=len(rows[0]), padding=2, pad_value=1)
+    with replace_file(path) as file:
+        torchvision.utils.save_image(tiles, file, "png", nrow=len(rows[0]), padding=2, pad_value=1)
+
+
+def save_json(path, content):
+    """Write numbers and texts as JSON."""
+    with replace_file(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def test_image(split, index, size):
-    """The test view of one image, float [3, size, size] in [0, 1]."""
+    """The test view of one image, float [3, size, size] in [0, 1]; of another if it is broken."""
     if split.pixels is not None:
         return resize(split.pixels[index:index + 1], size)[0]
-    return to_float(read_crops(split.files[index], [size], center_box(size))[0])
+    [crop], *_ = Crops(split.files[index:index + 20], [(size, None)])[0, 0]
+    return to_float(crop)
 
 
 def save_views(path, data, scale, blur, seed=0, columns=8, count=6):
@@ -759,7 +839,7 @@ def print_table(rows, data, device, workers, out):
         results.append(dict(name=row["name"], seconds=row["seconds"], labels=labels, **scores))
         if row["encoder"] == f"{out}/encoder.pt":
             save_neighbors(Path(out, "neighbors.png"), *material, data.image_size)
-    Path(out, "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    save_json(Path(out, "results.json"), results)
     print(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbors.png")
 
 
@@ -782,13 +862,12 @@ def init_distributed(device_name):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
     gpus = torch.cuda.device_count()
-    if world_size != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        raise InputError("several machines are not supported; use torchrun on one")
     if world_size > 1 and device.type == "mps":
         raise InputError("several processes need GPUs of NVIDIA's or --device cpu")
     if device.type == "cuda":
-        if world_size > gpus:
-            raise InputError(f"{world_size} processes but {gpus} GPUs; lower --nproc_per_node")
+        if processes_here() > gpus:
+            raise InputError(f"{processes_here()} processes but {gpus} GPUs; lower "
+                             "--nproc_per_node")
         if world_size == 1 and gpus > 1:
             command = f"torchrun --nproc_per_node={gpus} {shlex.join(sys.argv)}"
             print(f"note: {gpus - 1} GPUs are not used; {command}")
@@ -821,16 +900,69 @@ def print0(*words):
         print(*words, flush=True)
 
 
+def processes_here():
+    """How many of the processes that train together run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def default_workers():
+    """Processes that read images: the CPUs that this process may use, at most 8."""
+    cpus = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):                        # Linux: fewer, if so bound
+        cpus = len(os.sched_getaffinity(0))
+    return max(1, min(8, cpus // processes_here()))
+
+
 @contextmanager
 def main_process_first():
-    """The main process runs the block before the others: what it downloads or writes, they find."""
-    if dist.is_initialized() and not is_main_process():
+    """The main process runs the block, then one process of each other machine, then the others:
+    what those download or write, these find, whether the machines share their disks or not."""
+    turn = 2
+    if is_main_process():
+        turn = 0
+    elif os.environ.get("LOCAL_RANK") == "0":
+        turn = 1
+    several = dist.is_initialized()
+    for _ in range(turn if several else 0):
         dist.barrier()
     try:
         yield
     finally:
-        if dist.is_initialized() and is_main_process():
+        for _ in range(2 - turn if several else 0):
             dist.barrier()
+
+
+def from_main_process(function, *args):
+    """Call a function on the main process alone; what it returns, or its InputError, goes to all:
+    the folder of a run is on the first machine."""
+    found = [None, None]
+    if is_main_process():
+        try:
+            found[0] = function(*args)
+        except InputError as e:
+            found[1] = e
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[1]:
+        raise found[1]
+    return found[0]
+
+
+def load_teacher_on_all(path, arch=None):
+    """`load_teacher` for several processes; a file has to be on the first machine alone."""
+    if path.startswith("hub:"):                                 # each imports its code
+        with main_process_first():
+            return load_teacher(path, arch)
+    return from_main_process(load_teacher, path, arch)
+
+
+def load_data_on_all(*args):
+    """`load_data` for several processes; InputError if two machines have other images."""
+    with main_process_first():
+        data = load_data(*args)
+    if data.fingerprint != from_main_process(getattr, data, "fingerprint"):
+        raise InputError(f"the images on {platform.node()} are not those of the first machine")
+    return data
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -845,26 +977,39 @@ def label_use(used_labels):
     return words.get(used_labels, "labels unknown")
 
 
+REASONS = {                     # what errors of PyTorch's mean, those that are no bugs
+    "DataLoader worker": "a process that reads images was killed; if shared memory (/dev/shm) is "
+    "small, as in Docker, give it more (--shm-size 8g), or take --workers 0",
+    "out of memory|llocate|ALLOC_FAILED": "out of memory; lower --batch-size, --image-size, "
+    "--subset or --workers",
+    "onnection (closed|reset)|NCCL": "another process of this run has ended, or cannot be reached; "
+    "the same command goes on from the last checkpoint"}
+
+
 def run_command(main):
     """Call `main`; what a user can mend becomes one line and an exit code."""
     try:
         main()
     except InputError as e:
-        if not is_main_process():                               # let the main process say it first:
-            time.sleep(5)                                       # it ends this one, too
-        print(one_line(e), file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory; lower --batch-size, --image-size or --subset")
+        fail(one_line(e), 2)
     except (FloatingPointError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
-            raise
-        sys.exit("error: a process that reads images was killed; if shared memory (/dev/shm) is "
-                 "small, as in Docker, give it more (--shm-size 8g), or take --workers 0")
+        fail(f"error: {e}", 1)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; train.py resumes from the last full epoch by the same command")
+        fail("\ninterrupted", 130)
+    except (RuntimeError, MemoryError) as e:
+        text = str(e) or "out of memory"
+        reasons = [line for pattern, line in REASONS.items() if re.search(pattern, text)]
+        if not reasons:
+            raise
+        fail(f"error: {reasons[0]}", 1)
+
+
+def fail(line, code):
+    """End with a line, of the main process if it fails, too."""
+    if not is_main_process():                                   # it ends this one before it speaks
+        time.sleep(5)
+    print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -874,6 +1019,24 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
+
+
+RANGES = dict(                  # least and most of each flag that is a number
+    epochs=(1, 10**6), teacher_epochs=(1, 10**6), view_epochs=(1, 10**6), eval_every=(0, 10**6),
+    warmup_epochs=(0, 10**6), max_steps=(1, 10**12), batch_size=(2, 10**6), subset=(1, 10**9),
+    lr=(1e-9, 1e3), weight_decay=(0, 10), tau_s=(1e-6, 1e3), tau_t=(1e-6, 1e3), dim=(1, 2**16),
+    hidden_dim=(0, 2**16), queue_size=(1, 10**7), image_size=(8, 4096), small_size=(8, 4096),
+    small_crops=(0, 64), workers=(0, 256), seed=(0, 2**63 - 1), save_minutes=(0, 10**6),
+    label_fraction=(1e-9, 1))
+
+
+def check_ranges(args):
+    """InputError for a number that is out of its range."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= most:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} must be from {least:g} to {most:g}, got {value}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -908,16 +1071,13 @@ def parse_args(argv=None):
     flag("--batch-size", type=int, help="of both, over all processes; if not given, 256")
     flag("--export", metavar="PATH", help="only write the weights as torchvision names them")
     flag("--seed", type=int, default=0, help="of the subset, and of random:ARCH")
-    flag("--workers", type=int, default=min(8, os.cpu_count() // LOCAL_WORLD_SIZE or 1),
+    flag("--workers", type=int, default=default_workers(),
          help="processes that read images")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--out", metavar="DIR", help="for probe.json and neighbors.png; if not given, beside the "
          "encoder's file, or here")
     args = parser.parse_args(argv)
-    if not 0 < args.label_fraction <= 1:
-        raise InputError(f"--label-fraction {args.label_fraction} is not above 0 and at most 1")
-    if any(value is not None and value < 1 for value in (args.epochs, args.batch_size)):
-        raise InputError("--epochs and --batch-size must be above 0")
+    check_ranges(args)
     return args
 
 
@@ -928,7 +1088,7 @@ def load_encoder(args):
         size = args.image_size or native_size(args.dataset)
         arch = args.encoder.removeprefix("random:")
         return Encoder(arch, small_images=args.small_images, image_size=size)
-    encoder = load_teacher(args.encoder, args.arch)
+    encoder = load_teacher_on_all(args.encoder, args.arch)
     if args.image_size:
         encoder.check_image_size(args.image_size)
     return encoder
@@ -963,14 +1123,12 @@ def main(argv=None):
     args = parse_args(argv)
     start = time.time()
     device = init_distributed(args.device)
-    with main_process_first():
-        encoder = load_encoder(args).to(device, memory_format=torch.channels_last)
+    encoder = load_encoder(args).to(device, memory_format=torch.channels_last)
     if args.export:
         if is_main_process():
             export(encoder, args.export)
         return print0(f"wrote {args.export}: {encoder.arch}, all but its class layer")
-    with main_process_first():
-        data = load_data(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
+    data = load_data_on_all(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
     if args.label_fraction < 1 and data.has_labels:
         data.train = label_fraction(data.train, args.label_fraction, args.seed)
     print0(f"{encoder.provenance}, {label_use(encoder.used_labels)}\n{data}")
@@ -990,7 +1148,7 @@ def main(argv=None):
     file = out / "probe.json"
     if args.finetune or args.linear == "paper":
         file = out / f"probe-{next(iter(scores))}.json"         # beside those of other protocols
-    file.write_text(json.dumps(summary, indent=1) + "\n")
+    save_json(file, summary)
     print(f"wrote {file} after {time.time() - start:.0f} s")
 
 

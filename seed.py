@@ -38,6 +38,7 @@ neither: `python seed.py` trains a toy in a few seconds.
 """
 import argparse
 import codecs
+import contextlib
 import copy
 import difflib
 import hashlib
@@ -46,6 +47,7 @@ import math
 import operator
 import os
 import re
+import shutil
 import zipfile
 from collections import Counter
 
@@ -609,19 +611,30 @@ HARMLESS = [argparse.Namespace, codecs.encode, np.ndarray, np.dtype, scalar, _re
             *[type(np.dtype(letter)) for letter in "?bhilqBHILQefd"]]
 
 
-def save_file(path, content):
-    """torch.save into PATH.tmp, onto the disk, then rename: a kill or a loss of power at any moment
-    leaves a whole file. OSError if there is no room; the half file is removed."""
+@contextlib.contextmanager
+def replace_file(path):
+    """A binary file to write, which becomes `path` once it is whole and on the disk: a kill or a
+    loss of power at any moment leaves the old one or the new one. OSError if there is no room."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    folder = os.path.dirname(path) or "."
     try:
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(content, file)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                                # torch's own: RuntimeError
-        if os.path.exists(f"{path}.tmp"):
-            os.remove(f"{path}.tmp")
-        raise OSError(f"cannot write {path}: {first_line(e)}; is the disk full?") from None
+        room = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+        raise OSError(f"cannot write {path}: {first_line(e)}; {room:,} bytes are free") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def save_file(path, content):
+    """torch.save by way of `replace_file`."""
+    with replace_file(path) as file:
+        torch.save(content, file)
 
 
 def describe(encoder, provenance, used_labels):
@@ -886,7 +899,9 @@ def why_unreadable(path, error):
     if start.startswith(b"version https://git-lfs"):
         return "it only points to a file; fetch that with git lfs pull"
     reason = first_line(error)
-    return "torch.save did not write it, or not all of it" if "only load" in reason else reason
+    if "only load" in reason or not isinstance(error, (OSError, RuntimeError, ValueError)):
+        return "torch.save did not write it, or not all of it"
+    return reason
 
 
 def first_line(error):

@@ -6,7 +6,7 @@
         --arch mobilenet_v3_large --teacher moco_v2_800ep_pretrain.pth.tar      # eight GPUs
 
 A run leaves a folder: encoder.pt (what you take away), last.pt (the same command again resumes from
-it), log.csv, args.json, results.json, views.png, neighbors.png.
+it) and previous.pt (the one before), log.csv, args.json, results.json, views.png, neighbors.png.
 """
 import argparse
 import csv
@@ -15,7 +15,8 @@ import json
 import math
 import os
 import platform
-import shutil
+import signal
+import sys
 import tempfile
 import textwrap
 import time
@@ -27,13 +28,15 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
-from probe import (DATASETS, SMALL, Parser, batches, distribute, evaluate, init_distributed,
-                   is_main_process, label_use, load_data, main_process_first, print0, print_table,
-                   refuse_among_data, run_command, save_views)
-from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, describe, load_teacher,
-                  rank_and_world_size, read_checkpoint, save_encoder, save_file)
+from probe import (DATASETS, SMALL, STOP_SIGNALS, Parser, batches, check_ranges, default_workers,
+                   distribute, evaluate, from_main_process, init_distributed, is_main_process,
+                   label_use, load_data_on_all, load_teacher_on_all, main_process_first, print0,
+                   print_table, refuse_among_data, run_command, save_json, save_views)
+from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, describe,
+                  rank_and_world_size, read_checkpoint, replace_file, save_encoder, save_file)
 
 METHOD_NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
+CHECKPOINTS = ("last.pt", "previous.pt")
 LOG_EVERY = 10                  # steps from one row of log.csv to the next
 KNN_LIMIT = 10_000              # images of a split that kNN looks at during training
 
@@ -70,9 +73,8 @@ METHOD_CHANGES = {
 NOT_INHERITED = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim",
                  "view_epochs", "symmetric", "small_crops", "small_size")    # of --method alone
 MAY_CHANGE_ON_RESUME = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps",
-                        "compare", "compile", "teacher_cache", "profile", "precision")
-MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "hidden_dim", "workers", "eval_every", "seed",
-               "small_crops")
+                        "compare", "compile", "teacher_cache", "profile", "precision",
+                        "save_minutes")
 
 
 def recipe_of(dataset, image_size):
@@ -149,6 +151,8 @@ def add_run_flags(parser):
          help="of the networks; auto: bf16 or fp16 on CUDA, else fp32 (a teacher may be bf16)")
     flag("--compile", action="store_true", help="torch.compile the networks; pays in long runs")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
+    flag("--save-minutes", type=float, default=10.0, metavar="M", help="from one save to the next; "
+         "and at the end of each epoch, and at SIGTERM, SIGINT, SIGUSR1")
     flag("--eval-every", type=int, help="epochs from one kNN evaluation to the next; 0: none")
     flag("--compare", action="store_true", help="also train it by MoCo-v2 and with labels")
     flag("--profile", action="store_true", help="only time some steps, in parts")
@@ -171,11 +175,7 @@ def make_config(args, method, **changes):
     recipe = recipe_of(args.dataset, args.image_size)           # below, the later ones win
     cfg = argparse.Namespace(**{**vars(args), **defaults(recipe, method), **given,
                                 "method": method, **changes})
-    for key, value in vars(cfg).items():
-        least = "at least" if key in MAY_BE_ZERO else "above"
-        is_number = type(value) in (int, float)
-        if is_number and (not 0 <= value < math.inf or (value == 0 and least == "above")):
-            raise InputError(f"--{key.replace('_', '-')} must be {least} 0, got {value}")
+    check_ranges(cfg)
     if args.method != "seed":
         names = ("teacher", "teacher_cache", "small_crops", "symmetric")
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
@@ -184,7 +184,7 @@ def make_config(args, method, **changes):
     cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 2)
     cfg.out = cfg.out or f"runs/{cfg.dataset}-{cfg.method}-{cfg.arch}"
     if cfg.workers is None:
-        cfg.workers = min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        cfg.workers = default_workers()
     return cfg
 
 
@@ -193,12 +193,10 @@ def new_encoder(cfg):
     """The network as it starts."""
     torch.manual_seed(cfg.seed)
     encoder = Encoder(cfg.arch, cfg.dim, cfg.hidden_dim, cfg.small_images, cfg.image_size)
-    if cfg.small_crops:
-        encoder.check_image_size(cfg.small_size)
-        encoder.check_image_size(cfg.image_size)
+    for size, _ in reversed(view_plan(cfg)):                    # the large one is remembered
+        encoder.check_image_size(size)
     if cfg.init:
-        with main_process_first():
-            encoder.start_from(load_teacher(cfg.init, cfg.arch))
+        encoder.start_from(load_teacher_on_all(cfg.init, cfg.arch))
     return encoder
 
 
@@ -280,6 +278,7 @@ def train(cfg, data, device, teacher=None):
     rank, world_size = rank_and_world_size()
     steps = range(first_step, last_step)                        # of all epochs that are left
     loader = batches(data.train, cfg, device, view_plan(cfg), steps)
+    STOP.in_loop = True
     for step, batch in zip(steps, loader):
         lr = lr_at(step, cfg, steps_per_epoch)
         for group in optimizer.param_groups:
@@ -301,23 +300,28 @@ def train(cfg, data, device, teacher=None):
 
         clock.count(batch)
         steps_done = step + 1
-        should_save = steps_done % steps_per_epoch == 0 or steps_done == last_step
-        should_log = should_save or steps_done % LOG_EVERY == 0
-        if should_log:                                          # with the queue that the loss saw
+        ends_epoch = steps_done % steps_per_epoch == 0 or steps_done == last_step
+        should_log = ends_epoch or steps_done % LOG_EVERY == 0
+        stop = STOP.was_asked(device, should_log)               # the same on every process
+        if should_log or stop:                                  # with the queue that the loss saw
             row = dict(step=steps_done, epoch=steps_done / steps_per_epoch, lr=lr)
             row.update(mean_of_ranks({"loss": loss, **method.diagnostics(outputs, targets)}))
             folder.check(row)
         method.after_step(targets)                              # only now the queue moves on
-        if should_log and is_main_process():
+        if (should_log or stop) and is_main_process():
             row.update(clock.lap(cfg.batch_size), knn=None)
             if data.has_labels and cfg.eval_every and row["epoch"] % cfg.eval_every == 0:
                 scores, _ = evaluate(encoder, data, device, cfg.workers, KNN_LIMIT, linear=False)
                 row["knn"] = scores["knn"]
-            folder.write_row(row, last_step)
-            if should_save:
+            if should_log:
+                folder.write_row(row, last_step)
+            if ends_epoch or stop or folder.save_is_due():
                 folder.save(steps_done, row["epoch"], clock.seconds)
         if should_log:
             clock.start()
+        if stop:
+            STOP.end()
+    STOP.leave_loop()
     return clock.seconds
 
 
@@ -328,6 +332,44 @@ def mean_of_ranks(values):
         dist.all_reduce(means)
         means /= dist.get_world_size()
     return dict(zip(values, means.tolist()))
+
+
+class StopSignal:
+    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end the command with exit code 128 + their number; in
+    the loop of `train` when the step is finished and saved."""
+    number = 0
+    in_loop = False
+
+    def receive(self, number, frame):
+        """The signal handler."""
+        self.number = number
+        if not self.in_loop:
+            self.end()
+        print0(f"\n{signal.Signals(number).name}: finishing the step, then saving")
+
+    def was_asked(self, device, should_log):
+        """Whether any process got a signal. Several agree on it only where they log, and so wait
+        for each other anyway; a single one looks in each step."""
+        if dist.is_initialized() and should_log:
+            number = torch.tensor(self.number, device=device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.number = int(number)
+        return self.number > 0 and (should_log or not dist.is_initialized())
+
+    def leave_loop(self):
+        self.in_loop = False
+        if self.number:                                         # it came after the last look
+            self.end()
+
+    def end(self):
+        if dist.is_initialized() and self.in_loop:
+            dist.barrier()                                      # the main process has to save
+        print0(f"ended by {signal.Signals(self.number).name}; the same command goes on from the "
+               "last checkpoint")
+        sys.exit(128 + self.number)
+
+
+STOP = StopSignal()
 
 
 class Clock:
@@ -377,14 +419,23 @@ def fingerprint(module):
 
 
 def read_last(out, identity):
-    """The content of OUT/last.pt, None in a new folder; InputError if it is of another run."""
-    path = Path(out, "last.pt")
-    if not path.exists():
-        if Path(out, "encoder.pt").exists():
-            raise InputError(f"{out} holds an encoder.pt but no last.pt to resume from (was a run "
-                             "cut off in its first save?); name another --out, or delete it")
+    """The content of OUT/last.pt; if that is broken, of OUT/previous.pt, the one before; None in a
+    new folder. InputError if it is of another run."""
+    broken = ""
+    for name in CHECKPOINTS:
+        path = Path(out, name)
+        if not path.exists():
+            continue
+        try:
+            saved = read_checkpoint(path)
+            break
+        except InputError as e:
+            broken = broken or f"{e}; "
+    else:
+        if broken or Path(out, "encoder.pt").exists():
+            raise InputError(f"{broken}{out} has no checkpoint to resume from; name another --out "
+                             f"(--init {out}/encoder.pt starts from its weights), or delete it")
         return None
-    saved = read_checkpoint(path)
     if not isinstance(saved.get("identity"), dict):             # also the first version's
         raise InputError(f"{path} is not a run's checkpoint; name another --out, or delete it")
     other = differences(saved["identity"], identity)
@@ -394,14 +445,22 @@ def read_last(out, identity):
             hint = f" (that run's learning rate is down; --init {out}/encoder.pt starts from it)"
         raise InputError(f"{out} holds a run with other settings ({other}); name another --out"
                          f"{hint}")
-    return saved
+    return dict(saved, note=f"{broken}resuming at step {saved['step']}, from {name}")
+
+
+def has_checkpoint(out):
+    """Whether a run has been saved in a folder."""
+    return any(Path(out, name).exists() for name in CHECKPOINTS)
 
 
 def lock_folder(out):
     """A file that keeps other runs out of the folder while this process lives; InputError if one is
-    at work there. (Not on Windows.)"""
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / ".lock", "a+")
+    at work there, or the folder cannot be made. (No lock on Windows.)"""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a+")
+    except OSError as e:
+        raise InputError(f"cannot make the folder {out} ({e}); name another --out") from None
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -417,8 +476,21 @@ def lock_folder(out):
     return file
 
 
+def cut_log(path, step):
+    """Keep the rows of a log up to a step; a later one may be torn, and is computed again."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    kept = lines[:1]
+    for line in lines[1:]:
+        number = line.split(",")[0]
+        if line.endswith("\n") and number.isdigit() and int(number) <= step:
+            kept.append(line)
+    with replace_file(path) as file:
+        file.write("".join(kept).encode())
+
+
 class RunFolder:
-    """What a run leaves: args.json, views.png, log.csv, last.pt, to resume, and encoder.pt."""
+    """What a run leaves: args.json, views.png, log.csv, last.pt and previous.pt, to resume, and
+    encoder.pt."""
 
     def __init__(self, cfg, data, encoder, method, optimizer, scaler, teacher=None):
         self.cfg = cfg
@@ -429,40 +501,53 @@ class RunFolder:
         self.identity = run_identity(cfg, data)
         self.identity["teacher"] = fingerprint(teacher) if teacher else None
         self.printed = 0.0
+        self.saved = time.monotonic()
 
     def open(self):
-        """Load last.pt, or make the folder: (steps done, seconds spent)."""
-        out = Path(self.cfg.out)
-        if is_main_process():
-            self.lock = lock_folder(out)
-        saved = read_last(out, self.identity)
+        """Load the last checkpoint, or make the folder: (steps done, seconds spent)."""
+        saved = from_main_process(self.prepare)
         if saved is None:
-            if is_main_process():
-                (out / "args.json").write_text(json.dumps(vars(self.cfg), indent=1) + "\n")
-                (out / "log.csv").write_text("")
-                save_views(out / "views.png", self.data, self.cfg.crop_scale, self.cfg.blur,
-                           self.cfg.seed)
             return 0, 0.0
-        print0(f"resuming at step {saved['step']}")
+        print0(saved["note"])
         weights = {**self.parts["method"].state_dict(), **saved["method"]}     # and the teacher's
         self.parts["method"].load_state_dict(weights)
         self.parts["optimizer"].load_state_dict(saved["optimizer"])
         if saved["scaler"]:                                     # empty but for fp16
             self.parts["scaler"].load_state_dict(saved["scaler"])
-        if is_main_process() and (out / "log.csv").exists():    # later rows are computed again
-            lines = (out / "log.csv").read_text().splitlines(keepends=True)
-            kept = [line for line in lines[1:] if int(line.split(",")[0]) <= saved["step"]]
-            (out / "log.csv").write_text("".join(lines[:1] + kept))
+        if is_main_process():                                   # a kill may have come before it
+            path = Path(self.cfg.out, "encoder.pt")
+            save_encoder(path, self.encoder, saved["provenance"], saved["used_labels"])
         return saved["step"], saved["seconds"]
+
+    def prepare(self):
+        """Lock the folder and make it ready; its checkpoint, or None."""
+        out = Path(self.cfg.out)
+        self.lock = lock_folder(out)
+        for leftover in out.glob("*.tmp"):                      # of a run that was killed
+            leftover.unlink()
+        saved = read_last(out, self.identity)
+        if saved is None:
+            save_json(out / "args.json", vars(self.cfg))
+            (out / "log.csv").write_text("")
+            save_views(out / "views.png", self.data, self.cfg.crop_scale, self.cfg.blur,
+                       self.cfg.seed)
+        elif (out / "log.csv").exists():
+            cut_log(out / "log.csv", saved["step"])
+        return saved
 
     def check(self, row):
         """FloatingPointError if the run has diverged; before anything of it is saved."""
         if not all(math.isfinite(value) for value in row.values()):
+            good = "nothing was saved before"
+            if has_checkpoint(self.cfg.out):
+                good = f"{self.cfg.out}/last.pt is the last good checkpoint"
             raise FloatingPointError(
                 f"the loss is not finite at step {row['step']}, learning rate {row['lr']:.3g}; "
-                f"{self.cfg.out}/last.pt is the last good checkpoint: with --precision fp32 the "
-                "same command goes on from it; a lower --lr or more --warmup-epochs are another "
-                "run: name another --out, or delete the folder")
+                f"{good}: with --precision fp32 the same command goes on from there; a lower --lr "
+                "or more --warmup-epochs are another run: name another --out, or delete the folder")
+
+    def save_is_due(self):
+        return time.monotonic() - self.saved >= 60 * self.cfg.save_minutes
 
     def write_row(self, row, last_step):
         """Append a row to log.csv; print it every ten seconds, and with each kNN evaluation."""
@@ -473,6 +558,8 @@ class RunFolder:
             if path.stat().st_size == 0:
                 writer.writeheader()
             writer.writerow(texts)
+            file.flush()
+            os.fsync(file.fileno())
         is_due = row["knn"] is not None or row["step"] == last_step
         if not is_due and time.perf_counter() - self.printed < 10:
             return
@@ -488,7 +575,7 @@ class RunFolder:
               f"ETA {left // 60}:{left % 60:02d}{knn}", flush=True)
 
     def save(self, steps_done, epochs, seconds):
-        """Write encoder.pt, then last.pt: a run that calls itself finished has its encoder."""
+        """Write last.pt, of which the one before becomes previous.pt; and encoder.pt."""
         provenance = f"{METHOD_NAMES[self.cfg.method]}, {epochs:.4g} epochs on {self.data.name}"
         labels = [self.cfg.method == "supervised", self.encoder.used_labels]    # at the start
         if self.cfg.init:
@@ -496,16 +583,21 @@ class RunFolder:
         if self.teacher:
             provenance += f", teacher: {self.teacher.provenance}"
             labels.append(self.teacher.used_labels)
-        used_labels = None if None in labels else False
-        if True in labels:
-            used_labels = True
-        save_encoder(Path(self.cfg.out, "encoder.pt"), self.encoder, provenance, used_labels)
+        used_labels = next(x for x in (True, None, False) if x in labels)
         state = describe(self.encoder, provenance, used_labels)
         state.update({name: part.state_dict() for name, part in self.parts.items()})
         state["method"] = {name: value for name, value in state["method"].items()
                            if not name.startswith("teacher.")}  # frozen: its fingerprint will do
         state.update(step=steps_done, seconds=seconds, identity=self.identity)
-        save_file(Path(self.cfg.out, "last.pt"), state)
+        if not all(value.isfinite().all() for value in self.encoder.parameters()):
+            self.check(dict(step=steps_done, lr=math.nan))
+        out = Path(self.cfg.out)
+        save_file(out / "new.pt", state)
+        if (out / "last.pt").exists():
+            os.replace(out / "last.pt", out / "previous.pt")
+        os.replace(out / "new.pt", out / "last.pt")
+        save_encoder(out / "encoder.pt", self.encoder, provenance, used_labels)
+        self.saved = time.monotonic()
 
 
 class TeacherCache:
@@ -527,12 +619,10 @@ class TeacherCache:
             if not (path / "z.float32").exists():
                 save_file(path / "fingerprint.pt", current)
             other = differences(read_checkpoint(path / "fingerprint.pt"), current)
-            (path / "z.float32").touch()
-            stat = (path / "z.float32").stat()
-            room = shutil.disk_usage(path).free + 512 * getattr(stat, "st_blocks", 0)
-            if other or 4 * math.prod(shape) > room:
-                problem = f"holds other embeddings ({other})" if other else "has no room left"
-                raise InputError(f"--teacher-cache {path} {problem}; name another folder")
+            if other:
+                raise InputError(f"--teacher-cache {path} holds other embeddings ({other}); name "
+                                 "another folder")
+            reserve(path / "z.float32", 4 * math.prod(shape))
             self.rows = np.memmap(path / "z.float32", np.float32, "r+", shape=shape)
 
     def targets(self, batch):
@@ -545,6 +635,20 @@ class TeacherCache:
         by_image = z_t.unflatten(0, (len(batch.views), -1)).transpose(0, 1)
         self.rows[batch.epoch, batch.samples] = by_image.cpu().numpy()
         return z_t
+
+
+def reserve(path, size):
+    """Make a file of so many bytes, or longer, on the disk: to write into a map of a file for which
+    there is no room would kill the process. (Linux; elsewhere the file grows as it is written.)"""
+    with open(path, "ab") as file:
+        before = file.tell()
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as e:
+            file.truncate(before)
+            raise InputError(f"--teacher-cache needs {size:,} bytes in {path} ({e}); name another "
+                             "folder, or lower --view-epochs") from None
 
 
 # ------------------------------------------------------------------------------------------ stages
@@ -568,7 +672,7 @@ def fit_to_data(cfg, data):
     for name in ("dim", *SWAV):                                 # not known before the teacher is
         del identity[name]
     if not cfg.profile:
-        read_last(cfg.out, identity)                            # is the folder another run's?
+        from_main_process(read_last, cfg.out, identity)         # is the folder another run's?
 
 
 def get_teacher(args, cfg, data, device):
@@ -581,8 +685,7 @@ def get_teacher(args, cfg, data, device):
     else:
         if not path:
             path, seconds = train_teacher(args, cfg, data, device)
-        with main_process_first():
-            teacher = load_teacher(path, args.teacher_arch)
+        teacher = load_teacher_on_all(path, args.teacher_arch)
         if teacher.multi_crop and cfg.image_size > SMALL:
             vars(cfg).update(SWAV)
             if args.small_crops is not None:
@@ -609,7 +712,8 @@ def train_teacher(args, cfg, data, device):
     name = f"{cfg.dataset}-{cfg.teacher_method}-{cfg.teacher_arch}"
     teacher_cfg.out = f"runs/teachers/{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     fit_to_data(teacher_cfg, data)
-    if Path(cfg.out, "last.pt").exists() and not Path(teacher_cfg.out, "last.pt").exists():
+    started = [from_main_process(has_checkpoint, out) for out in (cfg.out, teacher_cfg.out)]
+    if started == [True, False]:
         raise InputError(f"{cfg.out} holds a student of another teacher than these settings would "
                          "train; name that one with --teacher, or another --out")
     print0(f"\nstage 1: no --teacher given, so a {cfg.teacher_arch} is trained on the same images, "
@@ -661,11 +765,12 @@ def profile(cfg, data, device, teacher):
 
 def main(argv=None):
     torch.set_flush_denormal(True)          # p_t has numbers below 1e-38, where CPUs are very slow
+    for number in STOP_SIGNALS:
+        signal.signal(number, STOP.receive)
     args = parse_args(argv)
     cfg = make_config(args, args.method)
     device = init_distributed(args.device)
-    with main_process_first():
-        data = load_data(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
+    data = load_data_on_all(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
     print0(f"{data}; {rank_and_world_size()[1]} process(es) on {device.type}, networks in "
            f"{network_dtype(cfg, device)}, frozen: {network_dtype(cfg, device, frozen=True)}")
     untrained = new_encoder(cfg)            # a network that cannot be used fails early
