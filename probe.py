@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import shlex
-import signal
 import sys
 import time
 import warnings
@@ -53,8 +52,6 @@ ENDINGS = set(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm 
 VAL_NAMES = ("val", "valid", "validation", "test")
 WHITE = (1, 255, 4095, 65535)   # the brightest value of an image with more than 8 bits
 SKIPPED = set()                 # files of images that cannot be read; each is named once
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1")
-                if hasattr(signal, name)]                       # Windows has no SIGUSR1
 
 
 # ------------------------------------------------------------------------------------ the data sets
@@ -307,10 +304,11 @@ def read_crops(path, sizes, choose_boxes):
     return crops
 
 
-def skip(files, total):
-    """Name images that cannot be read, each once; InputError if they are more than 1% of all."""
+def skip(files, total, whole_batch=False):
+    """Name images that cannot be read, each once; InputError for more than 1% of all, or a batch of
+    nothing else."""
     names = ", ".join(sorted(files)[:3])
-    if len(files) > max(1, total // 100):
+    if whole_batch or len(files) > max(1, total // 100):
         raise InputError(f"{len(files)} of {total:,} images cannot be read, such as {names}; "
                          "replace or remove them")
     for file in sorted(set(files) - SKIPPED):
@@ -389,10 +387,10 @@ class Crops(Dataset):
         return read_crops(os.fsdecode(self.files[index]), sizes, choose_boxes)
 
 
-def ignore_stop_signals(worker):
-    """For a DataLoader: leave the signals that end a run to its main process."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker):
+    """For a process that reads: Ctrl-C and `timeout` signal a group, and are meant for a run."""
+    if hasattr(os, "setpgrp"):                                  # Windows has no groups
+        os.setpgrp()
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -436,14 +434,14 @@ def images_from_disk(split, cfg, device, views, planned):
     is asked for is (epoch, sample), and not an index alone: the crop depends on both."""
     items = ([(epoch, int(sample)) for sample in samples] for epoch, samples in planned)
     loader = DataLoader(Crops(split.files, views, cfg.seed), batch_sampler=items,
-                        num_workers=cfg.workers, worker_init_fn=ignore_stop_signals,
+                        num_workers=cfg.workers, worker_init_fn=leave_group,
                         pin_memory=device.type == "cuda")
     unreadable = set()
     for crops, epoch, asked, samples in loader:                 # crops: uint8 [B, 3, S, S] each
-        missing = asked[asked != samples].tolist()
+        missing = [split.files[i] for i in asked[asked != samples]]
         if missing:
-            unreadable.update(split.files[i] for i in missing)
-            skip(unreadable, len(missing) if len(missing) == len(asked) else len(split))
+            unreadable.update(missing)
+            skip(unreadable, len(split), whole_batch=len(missing) == len(asked))
         images = [crop.to(device, non_blocking=True) for crop in crops]
         yield int(epoch[0]), samples.numpy(), images
 
@@ -544,7 +542,7 @@ def test_views(split, size, device, workers, batch_size=256):
     else:
         loader = DataLoader(Crops(split.files, [(size, None)]), batch_size, num_workers=workers,
                             sampler=[(0, i) for i in range(len(split))],
-                            worker_init_fn=ignore_stop_signals)
+                            worker_init_fn=leave_group)
         found = ((asked[asked == samples], crops[0][asked == samples].to(device))
                  for crops, _, asked, samples in loader)
     for samples, images in found:

@@ -20,8 +20,10 @@ import pickle
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -70,7 +72,7 @@ def slow_tests_are_asked_for(request):
 @pytest.fixture(autouse=True)
 def signals_as_before():
     """A run takes over the signals that end it; so Ctrl-C would not end the tests."""
-    before = {number: signal.getsignal(number) for number in probe.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -2837,6 +2839,145 @@ def test_workers_do_not_change_a_view(folder_of_images):
         assert torch.allclose(first.views[v], once, atol=1e-5), "cropped once, not twice"
 
 
+def gray_images(folder, count, side=80, broken=()):
+    """Images in two class folders; image i is of gray 2 * i; those in `broken` are cut in half."""
+    for i in range(count):
+        path = folder / "ab"[i % 2] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side), (2 * i,) * 3).save(path)
+        if i in broken:
+            path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.fixture
+def none_skipped(monkeypatch):
+    """No image has been named before."""
+    monkeypatch.setattr(probe, "SKIPPED", set())
+
+
+@pytest.mark.parametrize("size", [72, 32])
+def test_an_unreadable_image_is_skipped_and_named_once(tmp_path, capsys, none_skipped, size):
+    """One bad file among a million would end a run; or every label behind it would be another's."""
+    gray_images(tmp_path, 120, broken=[31])
+    cfg = make_cfg(*f"--dataset folder --image-size {size} --batch-size 16 --seed 3".split())
+    data = load_data("folder", tmp_path, size)
+    assert (data.train.pixels is None) == (size == 72)
+    runs = []
+    for workers in (0, 2):
+        cfg.workers = workers
+        runs.append(list(probe.batches(data.train, cfg, CPU, [(size, (0.2, 1.0))], range(14))))
+    for batch, other in zip(*runs):
+        assert torch.equal(batch.views[0], other.views[0]), "the same stands in for it"
+        assert np.array_equal(batch.samples, other.samples)
+    for batch in runs[0]:
+        assert len(batch.labels) == 16
+        for sample, label in zip(batch.samples, batch.labels):
+            number = int(Path(data.train.files[sample]).stem)
+            assert number != 31
+            assert label == number % 2
+    network = Encoder(ARCH, 8, image_size=size)
+    network.features = lambda x: x[:, :1].mean((2, 3)).expand(-1, 1024)        # the gray value
+    for workers in (0, 2):
+        x, split = probe.extract_features(network, data.train, CPU, workers)
+        gray = (255 * (x[:, 0] * seed.IMAGENET_STD[0] + seed.IMAGENET_MEAN[0])).round().int() // 2
+        assert len(x) == len(split) == len(split.labels) == 107
+        assert 31 not in gray
+        assert torch.equal(gray % 2, split.labels.int()), "none is shifted"
+        assert [int(Path(file).stem) for file in split.files] == gray.tolist()
+    out = capsys.readouterr().out
+    assert out.count("031.png cannot be read and is skipped") == 1
+    assert out.count("cannot be read") == 1
+
+
+def test_an_epoch_with_an_unreadable_image_has_all_others(tmp_path, none_skipped):
+    """Whatever stands in must not push another image out."""
+    gray_images(tmp_path, 100)
+    data = load_data("folder", tmp_path, 72)
+    cfg = make_cfg(*"--dataset folder --image-size 72 --batch-size 10 --workers 0".split())
+    seen = set()
+    broken = data.train.files[4]
+    Path(broken).write_bytes(b"")
+    for batch in probe.batches(data.train, cfg, CPU, [(72, (0.2, 1.0))], range(9)):
+        seen.update(data.train.files[sample] for sample in batch.samples)
+    assert seen == {*data.train.files} - {broken}
+
+
+@pytest.mark.parametrize("size", [72, 32])
+def test_too_many_unreadable_images_are_counted_and_named(tmp_path, none_skipped, size):
+    """A copy of the data that broke off would become another data set without a word."""
+    gray_images(tmp_path, 60, broken=range(20, 60))
+    cfg = make_cfg(*f"--dataset folder --image-size {size} --batch-size 16".split())
+    cfg.workers = 0
+    with pytest.raises(InputError, match="[0-9]+ (of 54 )?images cannot be read, such as.*0.*png"):
+        data = load_data("folder", tmp_path, size)
+        list(probe.batches(data.train, cfg, CPU, [(size, (0.2, 1.0))], range(3)))
+    network = Encoder(ARCH, 8, image_size=72)
+    with pytest.raises(InputError, match="[0-9]+ (of 54 )?images cannot be read, such as.*0.*png"):
+        probe.extract_features(network, load_data("folder", tmp_path, 72).train)
+
+
+def test_a_batch_of_unreadable_images_is_an_error(tmp_path, none_skipped):
+    """They are few among many, but the batch would be one of strangers."""
+    gray_images(tmp_path, 111)
+    files = load_data("folder", tmp_path, 72).train.files      # 100
+    cfg = make_cfg(*"--dataset folder --image-size 72 --batch-size 2 --workers 0".split())
+    cfg.batch_size = 1                                          # as on one of two processes
+    [first] = probe.samples_of_step(0, len(files), cfg)[1]
+    Path(files[first]).write_bytes(b"")
+    data = load_data("folder", tmp_path, 72)
+    assert len(data.train) == 100
+    with pytest.raises(InputError, match="1 of 100 images cannot be read, such as"):
+        next(probe.batches(data.train, cfg, CPU, [(72, (0.2, 1.0))], range(3)))
+
+
+def test_a_run_goes_on_without_an_unreadable_image(quick, capsys, none_skipped):
+    """The grid of views at the start would end it, or the neighbors in the end, if not the
+    training."""
+    gray_images(Path("pics"), 40, broken=[0])
+    flags = f"--dataset folder --data pics --image-size 72 --arch {ARCH} --method moco".split()
+    train.main([*flags, *"--batch-size 8 --epochs 1 --device cpu --workers 0 --out run".split()])
+    assert capsys.readouterr().out.count("000.png cannot be read") == 1
+    words = "run/encoder.pt --dataset folder --data pics --device cpu --workers 0".split()
+    probe.main(words)
+    assert Path("run/neighbors.png").exists()
+
+
+def test_a_pipe_is_not_an_image(tmp_path, none_skipped):
+    """Whoever opens it waits for ever."""
+    gray_images(tmp_path, 30)
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    os.mkfifo(tmp_path / "a" / "pipe")
+    data = load_data("folder", tmp_path, 32)
+    assert len(data.train) + len(data.test) == 30
+    with pytest.raises(InputError, match="cannot read the image .*pipe.png"):
+        probe.read_crops(tmp_path / "a" / "pipe.png", [32], probe.center_box(32))
+
+
+def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path, monkeypatch):
+    """Pillow's plugins raise a dozen kinds of errors; each would end a run of days."""
+    write_images(tmp_path, ["a.png"])
+    for error in (IndexError("x"), struct.error("x"), KeyError("x"), EOFError()):
+        def broken(path, error=error):
+            raise error
+
+        monkeypatch.setattr(Image, "open", broken)
+        with pytest.raises(InputError, match="cannot read the image"):
+            probe.read_crops(tmp_path / "a.png", [32], probe.center_box(32))
+
+
+def test_processes_that_read_leave_the_signals_to_the_main_one(folder_of_images):
+    """Ctrl-C goes to all processes of a terminal: without its readers the main one cannot finish
+    the step."""
+    cfg = make_cfg(*"--dataset folder --image-size 72 --batch-size 4 --workers 2".split())
+    data = load_data("folder", folder_of_images, 72)
+    loader = probe.batches(data.train, cfg, CPU, [(72, (0.2, 1.0))], range(12))
+    next(loader)
+    readers = torch.multiprocessing.active_children()
+    assert len(readers) >= 2
+    assert all(os.getpgid(reader.pid) != os.getpgrp() for reader in readers)
+    assert len(list(loader)) == 11
+
+
 def test_images_from_disk_are_evaluated_by_their_test_view(folder_of_images):
     """Random crops instead would lower every accuracy on ImageNet by a little."""
     split = load_data("folder", folder_of_images, 72).train
@@ -4527,15 +4668,181 @@ def test_gpus_that_are_not_used_are_mentioned(monkeypatch, capsys):
     assert note in capsys.readouterr().out
 
 
-def command(*words, cwd):
-    """Run a command as a user does, but on one thread; CompletedProcess with its output."""
+def start(*words, cwd):
+    """Start a command as a user does, but on one thread: a Popen with its output."""
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment["OMP_NUM_THREADS"] = "1"
-    return subprocess.run([str(word) for word in words], cwd=cwd, env=environment,
-                          capture_output=True, text=True, timeout=600)
+    return subprocess.Popen([str(word) for word in words], cwd=cwd, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def command(*words, cwd):
+    """Run a command to its end: CompletedProcess with its output."""
+    process = start(*words, cwd=cwd)
+    out, error = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(words, process.returncode, out, error)
+
+
+def torchrun(*flags):
+    """The words of torchrun, and of train.py."""
+    return [sys.executable, "-m", "torch.distributed.run", *flags, HERE / "train.py"]
+
+
+def wait_for_rows(folder, count, process):
+    """Until the log of a run has so many rows."""
+    path = Path(folder, "log.csv")
+    while not path.exists() or len(path.read_text().splitlines()) <= count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+SHORT_RUN = (f"--arch {ARCH} --subset 480 --batch-size 8 --epochs 2 --queue-size 64 --eval-every 0 "
+             "--device cpu --save-minutes 0").split()           # 120 steps, 12 saves
+
+
+@slow
+@pytest.mark.parametrize("ranks, flags", [
+    (1, "--method moco"), (1, "--method supervised --dataset folder --data images --image-size 72 "
+                              "--workers 2 --subset 100"),
+    (1, "--teacher teacher.pt --small-crops 1 --teacher-cache cache"), (2, "--method moco"),
+    (2, "--teacher teacher.pt --teacher-cache cache")])
+def test_a_run_that_is_killed_at_any_moment_is_the_run_that_never_stopped(tmp_path, teacher_file,
+                                                                         ranks, flags):
+    """Else nobody could tell what a run that was cut twice has computed."""
+    gray_images(tmp_path / "images", 120)
+    shutil.copy(teacher_file, tmp_path / "teacher.pt")
+    launcher = [sys.executable, HERE / "train.py"]
+    if ranks > 1:
+        launcher = torchrun("--standalone", "--nproc_per_node", ranks)
+    words = [*launcher, *SHORT_RUN, *flags.split()]
+    if "folder" in flags:
+        words += ["--epochs", "10"]
+    whole = command(*words, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    for rows in (0, 3, 7):
+        process = start(*words, "--out", "run", cwd=tmp_path)
+        wait_for_rows(tmp_path / "run", rows, process)
+        time.sleep(0.1 * rows)
+        kill_all(process)
+    done = command(*words, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stdout
+    one = last_checkpoint(tmp_path / "whole")
+    other = last_checkpoint(tmp_path / "run")
+    assert one["step"] == other["step"] >= 110
+    assert same(one["method"], other["method"])
+    momenta = [run["optimizer"]["state"] for run in (one, other)]
+    assert all(same(momenta[0][i], momenta[1][i]) for i in momenta[0])
+    logs = [without_times(log_rows(tmp_path / name)) for name in ("whole", "run")]
+    assert logs[0] == logs[1]
+    assert not list(tmp_path.glob("run/*.tmp"))
+
+
+def kill_all(process):
+    """kill -9 of a command and of the processes that it started."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
+    parents = dict(line.split() for line in listed.splitlines()[1:])
+    family = [str(process.pid)]
+    for pid in family:
+        family += [child for child, parent in parents.items() if parent == pid]
+    for pid in family:
+        os.kill(int(pid), signal.SIGKILL)
+    process.communicate()
+
+
+@slow
+@pytest.mark.parametrize("number", train.STOP_SIGNALS)
+def test_torchrun_passes_a_signal_on_and_all_processes_save_and_end(tmp_path, number):
+    """A time limit, or Ctrl-C, would cost what was computed since the last save; or some processes
+    would wait for one that has ended."""
+    names = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"        # SIGUSR1 only if it is named
+    if number != signal.SIGUSR1 or "signals-to-handle" not in command(
+            *torchrun("--help")[:-1], cwd=tmp_path).stdout:
+        names = "--max-restarts=0"
+    launcher = torchrun("--standalone", "--nproc_per_node=2", names)
+    flags = [*SHORT_RUN, "--method", "moco", "--save-minutes", "99"]
+    process = start(*launcher, *flags, "--out", "run", cwd=tmp_path)
+    wait_for_rows(tmp_path / "run", 2, process)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    if names == "--max-restarts=0" and number == signal.SIGUSR1:
+        return                                                  # an old torchrun knows no more
+    name = signal.Signals(number).name
+    assert out.count(f"ended by {name}; the same command goes on from the last checkpoint") == 1
+    step = last_checkpoint(tmp_path / "run")["step"]
+    assert step >= 20 and step % 10 == 0
+    assert f"{step}" == log_rows(tmp_path / "run")[-1]["step"]
+
+
+@slow
+def test_a_process_that_dies_ends_the_others_and_leaves_a_checkpoint(tmp_path):
+    """Seven GPUs would wait for the eighth for days."""
+    launcher = torchrun("--standalone", "--nproc_per_node=2")
+    process = start(*launcher, *SHORT_RUN, "--method", "moco", "--out", "run", cwd=tmp_path)
+    wait_for_rows(tmp_path / "run", 3, process)
+    listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
+    ranks = [line.split()[0] for line in listed.splitlines() if line.split()[1] == f"{process.pid}"]
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    begin = time.time()
+    error = process.communicate(timeout=60)[1]
+    assert time.time() - begin < 60
+    assert process.returncode != 0
+    assert "error: another process of this run has ended" in error
+    assert last_checkpoint(tmp_path / "run")["step"] >= 20
+    done = command(*launcher, *SHORT_RUN, "--method", "moco", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@slow
+def test_two_machines_are_one_run(tmp_path, teacher_file):
+    """Each would read or make data of its own, or write over the other's files; or the run would be
+    another than on one machine with as many processes."""
+    flags = (f"--dataset folder --data images --image-size 32 --arch {ARCH} --batch-size 8 --epochs "
+             "12 --queue-size 64 --eval-every 6 --device cpu --teacher-arch resnet18 "
+             "--teacher-method moco --teacher-epochs 1 --out run").split()
+    for name in ("one", "first", "second"):
+        gray_images(tmp_path / name / "images", 40, side=40)
+    done = command(*torchrun("--standalone", "--nproc_per_node=2"), *flags, cwd=tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+
+    def start_both():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        agents = []
+        for rank, name in enumerate(("first", "second")):
+            launcher = torchrun("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1",
+                                f"--master_port={port}", f"--node_rank={rank}")
+            agents.append(start(*launcher, *flags, cwd=tmp_path / name))
+        return agents
+
+    agents = start_both()
+    wait_for_rows(tmp_path / "first/run", 2, agents[0])
+    agents[1].terminate()                                       # one machine is switched off
+    outputs = [agent.communicate(timeout=100) for agent in agents]
+    assert "ended by SIGTERM; the same command goes on" in outputs[0][0]
+    assert 8 <= last_checkpoint(tmp_path / "first/run")["step"] < 48
+    agents = start_both()
+    outputs = [agent.communicate(timeout=300) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert "resuming at step" in outputs[0][0]
+    assert outputs[1][0] == "", "only the first prints"
+    assert os.listdir(tmp_path / "second") == ["images"], "and writes"
+    one, other = [last_checkpoint(tmp_path / name / "run") for name in ("one", "first")]
+    assert one["step"] == other["step"] == 48
+    assert same(one["method"], other["method"])
+    logs = [without_times(log_rows(tmp_path / name / "run")) for name in ("one", "first")]
+    assert logs[0] == logs[1]
+    assert logs[0][-1]["knn"] != ""
+
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "second/images/a/000.png")
+    outputs = [agent.communicate(timeout=300) for agent in start_both()]
+    assert "are not those of the first machine" in outputs[1][1]
+
+
+@slow
 def test_torchrun_with_two_processes_gives_a_student(tmp_path, folder_of_images):
     """The README's command for several GPUs, here on the CPU, would fail, or print each line
     twice."""

@@ -28,15 +28,17 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
-from probe import (DATASETS, SMALL, STOP_SIGNALS, Parser, batches, check_ranges, default_workers,
-                   distribute, evaluate, from_main_process, init_distributed, is_main_process,
-                   label_use, load_data_on_all, load_teacher_on_all, main_process_first, print0,
-                   print_table, refuse_among_data, run_command, save_json, save_views)
+from probe import (DATASETS, SMALL, Parser, batches, check_ranges, default_workers, distribute,
+                   evaluate, from_main_process, init_distributed, is_main_process, label_use,
+                   load_data_on_all, load_teacher_on_all, main_process_first, print0, print_table,
+                   refuse_among_data, run_command, save_json, save_views)
 from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, describe,
                   rank_and_world_size, read_checkpoint, replace_file, save_encoder, save_file)
 
 METHOD_NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
 CHECKPOINTS = ("last.pt", "previous.pt")
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1")
+                if hasattr(signal, name)]                       # Windows has no SIGUSR1
 LOG_EVERY = 10                  # steps from one row of log.csv to the next
 KNN_LIMIT = 10_000              # images of a split that kNN looks at during training
 
