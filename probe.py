@@ -254,6 +254,14 @@ def refuse_among_data(out, dataset, data):
         raise InputError(f"{out} would lie among the images of {data}; name another --out")
 
 
+def make_folder(path):
+    """A directory, made if it is missing; InputError if it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"cannot make the folder {path} ({e.strerror}); name another") from None
+
+
 def class_folders(files, top):
     """For each file the name of the folder right below `top` that it lies in; "" if in none."""
     below = [file[len(str(top)) + 1:] for file in files]
@@ -1133,7 +1141,7 @@ def main(argv=None):
     out = Path(args.encoder).parent if os.path.exists(args.encoder) else Path(".")
     out = Path(args.out or out)
     refuse_among_data(out, args.dataset, args.data)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     scores = run_protocol(args, encoder, data, device, out)
     if dist.is_initialized():
         dist.destroy_process_group()

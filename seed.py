@@ -847,6 +847,8 @@ def fill(teacher, backbone, head, path, rebuild):
                 raise ValueError(f"{name} is {value.dtype}, not {own[name].dtype}")
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} has numbers that are not finite")
+            if name.endswith("running_var") and (value < 0).any():
+                raise ValueError(f"{name} has numbers below 0, which no variance is")
         teacher.load_state_dict(weights)
     except (RuntimeError, TypeError, ValueError) as e:                  # one line a kind of error
         lines = str(e).split("\n\t")

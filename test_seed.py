@@ -1538,6 +1538,83 @@ def test_a_published_layout_becomes_the_network_that_its_authors_evaluate(tmp_pa
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+def mutate(file, rng):
+    """Change one thing in a checkpoint as accidents do: a nested dict, in place."""
+    while any(isinstance(value, dict) and seed.flatten(value) for value in file.values()):
+        inner = [value for value in file.values() if isinstance(value, dict) and seed.flatten(value)]
+        file = inner[rng.integers(len(inner))]
+    names = [name for name in file if isinstance(file[name], torch.Tensor)]
+    name, other = rng.choice(names, 2)
+    kind = rng.choice("drop rename swap shape transpose dtype nan code number cut prefix".split())
+    value = file[name]
+    if kind == "drop":
+        del file[name]
+    elif kind == "rename":
+        file[rng.choice([name + "x", name[:-1], f"x.{name}", name.replace(".", "_")])] = file.pop(name)
+    elif kind == "swap":
+        file[name], file[other] = file[other], value
+    elif kind == "shape":
+        file[name] = torch.cat([value.reshape(-1), value.reshape(-1)])
+    elif kind == "transpose":
+        file[name] = value.T if value.ndim == 2 else value[None]
+    elif kind == "dtype":
+        file[name] = value.to(rng.choice([torch.float64, torch.int32, torch.bool, torch.float16]))
+    elif kind == "nan":
+        file[name] = torch.full_like(value.float(), rng.choice([math.nan, math.inf]))
+    elif kind == "code":
+        file[name] = RunsACommand()
+    elif kind == "number":
+        file[name] = float(value.float().sum())
+    elif kind == "cut":
+        file[name] = value[:0] if value.ndim else value
+    elif kind == "prefix":
+        for key in names:
+            file[f"net.{key}"] = file.pop(key)
+
+
+@slow
+def test_no_mutated_checkpoint_becomes_another_network(tmp_path, monkeypatch):
+    """A download that broke off, an edited file, or one made to run code: each would teach nonsense
+    without a word, or end in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    network = moco_network("resnet18", version=1)
+    network.fc = nn.Identity()
+    found = collections.Counter()
+    for number in range(300):
+        layout, head, prefix = LAYOUTS[rng.choice(list(LAYOUTS))]
+        head_weights = head.state_dict() if head else {}
+        file = copy.copy(layout(dict(network.state_dict()), dict(head_weights)))
+        for _ in range(rng.integers(1, 3)):
+            mutate(file, rng)
+        torch.save(file, "file.pth")
+        if number % 3 == 0:
+            content = bytearray(Path("file.pth").read_bytes())
+            for place in rng.integers(len(content), size=3):
+                content[place] ^= 1 << rng.integers(8)
+            Path("file.pth").write_bytes(content[:rng.choice([len(content), len(content) // 2])])
+        try:
+            teacher = load_teacher("file.pth")
+        except InputError as e:
+            assert "\n" not in str(e)
+            found["refused"] += 1
+            continue
+        finally:
+            assert not os.path.exists("exploded")
+        found["loaded"] += 1
+        weights = seed.name_children(seed.flatten(torch.load("file.pth", weights_only=False)))
+        prefix = re.search("weights under '(.*?)'", teacher.provenance)[1]
+        assert "_k." not in prefix and "momentum" not in prefix and "student.back" not in prefix
+        for name, value in teacher.backbone.state_dict().items():
+            if f"{prefix}{name}" in weights:                    # a counter may be missing
+                kept = weights[f"{prefix}{name}"].to(value.dtype)
+                assert torch.equal(kept.view_as(value), value)
+            else:
+                assert "num_batches_tracked" in name
+        assert torch.isfinite(teacher(torch.randn(2, 3, 32, 32))).all()
+    assert min(found["loaded"], found["refused"]) > 20, found
+
+
 class SwavResNet(torchvision.models.ResNet):
     """A ResNet of another width, whose first convolution pads in two steps: an independent
     reference for SwAV's wide ResNets."""
@@ -2753,6 +2830,56 @@ def test_numbers_that_may_be_zero_may_be_zero():
     cfg = make_cfg(*flags)
     assert cfg.weight_decay == cfg.warmup_epochs == cfg.hidden_dim == cfg.workers == 0
     assert cfg.eval_every == cfg.seed == 0
+
+
+NUMBERS = ("0 1 2 3 8 16 24 32 64 16 32 1 2 48 7 33 97 500 -1 1e-3 0.05 0.3 1.5 1e9 -1e9 1e400 nan inf -inf 1e-400 "
+           "99999999999999999999 18446744073709551616 x 1_0 0x10").split() + [""]
+VALUES = dict(
+    method=["seed", "moco", "supervised", "byol"], precision=["fp32", "bf16", "auto", "fp64"],
+    device=["cpu", "cuda", "tpu"], dataset=["shapes", "folder", "imagenet", "cifar"],
+    arch=[ARCH, "resnet18", "mobilenet_v3_small", "squeezenet1_0", "nothing", ""],
+    teacher=["teacher.pt", "nothing.pt", "images", "hub:images:x", "http://localhost:1/x"],
+    teacher_arch=[ARCH, "resnet18", "nothing"], teacher_method=["moco", "supervised", "seed"],
+    data=["images", "nothing", "teacher.pt", "."], out=["run", "teacher.pt", "images/run"],
+    init=["teacher.pt", "nothing.pt"], teacher_cache=["cache", "teacher.pt"])
+SWITCHES = ["--small-images", "--symmetric", "--compare", "--no-small-images", "--unknown", "more"]
+
+
+@slow
+def test_any_list_of_arguments_runs_or_is_one_line(quick, capsys, teacher_file):
+    """A traceback says nothing to whoever made a slip in typing; and it may come after hours."""
+    rng = np.random.default_rng(0)
+    shutil.copy(teacher_file, "teacher.pt")
+    gray_images(Path("images"), 40)
+    ended = collections.Counter()
+    failed = []
+    for _ in range(300):
+        flags = [*TINY, *"--max-steps 1 --workers 0 --out run --save-minutes 0".split()]
+        flags += ["--arch", ARCH, "--teacher-arch", ARCH]
+        for _ in range(rng.integers(1, 4)):
+            kind = rng.integers(6)
+            if kind == 0:
+                flags.append(str(rng.choice(SWITCHES)))
+            elif kind < 3:
+                name = str(rng.choice(list(VALUES)))
+                flags += [f"--{name.replace('_', '-')}", str(rng.choice(VALUES[name]))]
+            else:
+                name = str(rng.choice(list(probe.RANGES)))
+                flags.append(f"--{name.replace('_', '-')}={rng.choice(NUMBERS)}")
+        try:
+            train.main(flags)
+            ended["ran"] += 1
+        except (InputError, FloatingPointError) as e:
+            assert "\n" not in probe.one_line(e), flags
+            ended["refused"] += 1
+        except MemoryError:
+            ended["memory"] += 1
+        except Exception as e:
+            failed.append((flags[24:], repr(e)[:200]))
+        shutil.rmtree("run", ignore_errors=True)
+        capsys.readouterr()
+    assert not failed
+    assert min(ended["ran"], ended["refused"]) > 50, ended
 
 
 def test_workers_are_shared_among_the_processes_of_a_machine(monkeypatch):
@@ -4697,16 +4824,15 @@ def wait_for_rows(folder, count, process):
         time.sleep(0.02)
 
 
-SHORT_RUN = (f"--arch {ARCH} --subset 480 --batch-size 8 --epochs 2 --queue-size 64 --eval-every 0 "
-             "--device cpu --save-minutes 0").split()           # 120 steps, 12 saves
+SHORT_RUN = (f"--arch {ARCH} --dataset folder --data images --image-size 32 --batch-size 8 --epochs "
+             "8 --queue-size 64 --eval-every 4 --device cpu --save-minutes 0").split()  # 104 steps
 
 
 @slow
 @pytest.mark.parametrize("ranks, flags", [
-    (1, "--method moco"), (1, "--method supervised --dataset folder --data images --image-size 72 "
-                              "--workers 2 --subset 100"),
+    (1, "--method supervised --image-size 72 --workers 2"),
     (1, "--teacher teacher.pt --small-crops 1 --teacher-cache cache"), (2, "--method moco"),
-    (2, "--teacher teacher.pt --teacher-cache cache")])
+    (2, "--teacher teacher.pt --image-size 72 --workers 1 --teacher-cache cache")])
 def test_a_run_that_is_killed_at_any_moment_is_the_run_that_never_stopped(tmp_path, teacher_file,
                                                                          ranks, flags):
     """Else nobody could tell what a run that was cut twice has computed."""
@@ -4716,22 +4842,20 @@ def test_a_run_that_is_killed_at_any_moment_is_the_run_that_never_stopped(tmp_pa
     if ranks > 1:
         launcher = torchrun("--standalone", "--nproc_per_node", ranks)
     words = [*launcher, *SHORT_RUN, *flags.split()]
-    if "folder" in flags:
-        words += ["--epochs", "10"]
     whole = command(*words, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    for rows in (0, 3, 7):
+    for rows in (0, 5):
         process = start(*words, "--out", "run", cwd=tmp_path)
         wait_for_rows(tmp_path / "run", rows, process)
-        time.sleep(0.1 * rows)
+        time.sleep(0.02 * rows)
         kill_all(process)
     done = command(*words, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming at step" in done.stdout
     one = last_checkpoint(tmp_path / "whole")
     other = last_checkpoint(tmp_path / "run")
-    assert one["step"] == other["step"] >= 110
+    assert one["step"] == other["step"] == 104
     assert same(one["method"], other["method"])
     momenta = [run["optimizer"]["state"] for run in (one, other)]
     assert all(same(momenta[0][i], momenta[1][i]) for i in momenta[0])
@@ -4761,6 +4885,7 @@ def test_torchrun_passes_a_signal_on_and_all_processes_save_and_end(tmp_path, nu
     if number != signal.SIGUSR1 or "signals-to-handle" not in command(
             *torchrun("--help")[:-1], cwd=tmp_path).stdout:
         names = "--max-restarts=0"
+    gray_images(tmp_path / "images", 120)
     launcher = torchrun("--standalone", "--nproc_per_node=2", names)
     flags = [*SHORT_RUN, "--method", "moco", "--save-minutes", "99"]
     process = start(*launcher, *flags, "--out", "run", cwd=tmp_path)
@@ -4772,13 +4897,14 @@ def test_torchrun_passes_a_signal_on_and_all_processes_save_and_end(tmp_path, nu
     name = signal.Signals(number).name
     assert out.count(f"ended by {name}; the same command goes on from the last checkpoint") == 1
     step = last_checkpoint(tmp_path / "run")["step"]
-    assert step >= 20 and step % 10 == 0
     assert f"{step}" == log_rows(tmp_path / "run")[-1]["step"]
+    assert 13 <= step < 104
 
 
 @slow
 def test_a_process_that_dies_ends_the_others_and_leaves_a_checkpoint(tmp_path):
     """Seven GPUs would wait for the eighth for days."""
+    gray_images(tmp_path / "images", 120)
     launcher = torchrun("--standalone", "--nproc_per_node=2")
     process = start(*launcher, *SHORT_RUN, "--method", "moco", "--out", "run", cwd=tmp_path)
     wait_for_rows(tmp_path / "run", 3, process)
@@ -4790,9 +4916,7 @@ def test_a_process_that_dies_ends_the_others_and_leaves_a_checkpoint(tmp_path):
     assert time.time() - begin < 60
     assert process.returncode != 0
     assert "error: another process of this run has ended" in error
-    assert last_checkpoint(tmp_path / "run")["step"] >= 20
-    done = command(*launcher, *SHORT_RUN, "--method", "moco", "--out", "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert last_checkpoint(tmp_path / "run")["step"] >= 13
 
 
 @slow

@@ -30,8 +30,8 @@ from torch.profiler import record_function
 
 from probe import (DATASETS, SMALL, Parser, batches, check_ranges, default_workers, distribute,
                    evaluate, from_main_process, init_distributed, is_main_process, label_use,
-                   load_data_on_all, load_teacher_on_all, main_process_first, print0, print_table,
-                   refuse_among_data, run_command, save_json, save_views)
+                   load_data_on_all, load_teacher_on_all, main_process_first, make_folder, print0,
+                   print_table, refuse_among_data, run_command, save_json, save_views)
 from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, describe,
                   rank_and_world_size, read_checkpoint, replace_file, save_encoder, save_file)
 
@@ -457,12 +457,9 @@ def has_checkpoint(out):
 
 def lock_folder(out):
     """A file that keeps other runs out of the folder while this process lives; InputError if one is
-    at work there, or the folder cannot be made. (No lock on Windows.)"""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a+")
-    except OSError as e:
-        raise InputError(f"cannot make the folder {out} ({e}); name another --out") from None
+    at work there. (Not on Windows.)"""
+    make_folder(out)
+    file = open(out / ".lock", "a+")
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -617,7 +614,7 @@ class TeacherCache:
         epochs = min(cfg.view_epochs or cfg.epochs, cfg.epochs)
         shape = (epochs, len(data.train), method.views_per_image, method.teacher.dim)
         with main_process_first():
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             if not (path / "z.float32").exists():
                 save_file(path / "fingerprint.pt", current)
             other = differences(read_checkpoint(path / "fingerprint.pt"), current)
