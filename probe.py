@@ -12,6 +12,7 @@ rate on a part of the *training* images that it holds out. The test images choos
 Letters in shapes as in seed.py; and N, M images of a split, V views of an image.
 """
 import argparse
+import errno
 import functools
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -51,6 +53,7 @@ TABLE_LIMIT = 50_000            # images of a split that the table looks at
 ENDINGS = set(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .jp2".split())
 VAL_NAMES = ("val", "valid", "validation", "test")
 WHITE = (1, 255, 4095, 65535)   # the brightest value of an image with more than 8 bits
+NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 SKIPPED = set()                 # files of images that cannot be read; each is named once
 
 
@@ -308,6 +311,8 @@ def read_crops(path, sizes, choose_boxes):
                 pixels = np.array([np.asarray(channel) for channel in crop.split()])
                 crops.append(torch.from_numpy(pixels))          # [3, size, size]
     except Exception as e:                                      # whatever a decoder raises
+        if isinstance(e, MemoryError) or getattr(e, "errno", None) in NO_RESOURCES:
+            raise                                               # it is not the image's fault
         raise InputError(f"cannot read the image {path} ({e}); replace or remove it") from None
     return crops
 
@@ -316,7 +321,7 @@ def skip(files, total, whole_batch=False):
     """Name images that cannot be read, each once; InputError for more than 1% of all, or a batch of
     nothing else."""
     names = ", ".join(sorted(files)[:3])
-    if whole_batch or len(files) > max(1, total // 100):
+    if whole_batch or len(files) == total or len(files) > max(1, total // 100):
         raise InputError(f"{len(files)} of {total:,} images cannot be read, such as {names}; "
                          "replace or remove them")
     for file in sorted(set(files) - SKIPPED):
@@ -780,7 +785,7 @@ def test_image(split, index, size):
     """The test view of one image, float [3, size, size] in [0, 1]; of another if it is broken."""
     if split.pixels is not None:
         return resize(split.pixels[index:index + 1], size)[0]
-    [crop], *_ = Crops(split.files[index:index + 20], [(size, None)])[0, 0]
+    [crop], *_ = Crops(split.files[index:index + 1000], [(size, None)])[0, 0]
     return to_float(crop)
 
 
@@ -901,9 +906,12 @@ def is_main_process():
 
 
 def print0(*words):
-    """Print, from the main process alone."""
-    if is_main_process():
-        print(*words, flush=True)
+    """Print, from the main process alone; Ctrl-C ends `| tee` before the run has saved."""
+    try:
+        if is_main_process():
+            print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def processes_here():
@@ -984,8 +992,9 @@ def label_use(used_labels):
 
 
 REASONS = {                     # what errors of PyTorch's mean, those that are no bugs
-    "DataLoader worker": "a process that reads images was killed; if shared memory (/dev/shm) is "
-    "small, as in Docker, give it more (--shm-size 8g), or take --workers 0",
+    r"DataLoader worker \(pid|shared memory|/torch_": "a process that reads images was killed; if "
+    "shared memory (/dev/shm) is small, as in Docker, give it more (--shm-size 8g), or take "
+    "--workers 0",
     "out of memory|llocate|ALLOC_FAILED": "out of memory; lower --batch-size, --image-size, "
     "--subset or --workers",
     "onnection (closed|reset)|NCCL": "another process of this run has ended, or cannot be reached; "
@@ -1013,6 +1022,7 @@ def run_command(main):
 def fail(line, code):
     """End with a line, of the main process if it fails, too."""
     if not is_main_process():                                   # it ends this one before it speaks
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     print(line, file=sys.stderr)
     sys.exit(code)

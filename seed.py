@@ -617,6 +617,8 @@ def replace_file(path):
     loss of power at any moment leaves the old one or the new one. OSError if there is no room."""
     temporary = f"{path}.{os.getpid()}.tmp"
     folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise InputError(f"cannot write {path}: there is no folder {folder}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -624,7 +626,7 @@ def replace_file(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                                # torch's own: RuntimeError
-        room = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+        room = shutil.disk_usage(folder).free
         raise OSError(f"cannot write {path}: {first_line(e)}; {room:,} bytes are free") from None
     finally:
         if os.path.exists(temporary):

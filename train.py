@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -323,7 +324,9 @@ def train(cfg, data, device, teacher=None):
             clock.start()
         if stop:
             STOP.end()
-    STOP.leave_loop()
+    STOP.in_loop = False
+    if STOP.number:                                             # it came after the last look
+        STOP.end()
     return clock.seconds
 
 
@@ -352,16 +355,15 @@ class StopSignal:
     def was_asked(self, device, should_log):
         """Whether any process got a signal. Several agree on it only where they log, and so wait
         for each other anyway; a single one looks in each step."""
-        if dist.is_initialized() and should_log:
-            number = torch.tensor(self.number, device=device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.number = int(number)
-        return self.number > 0 and (should_log or not dist.is_initialized())
-
-    def leave_loop(self):
-        self.in_loop = False
-        if self.number:                                         # it came after the last look
-            self.end()
+        number = self.number                                    # a handler may set it meanwhile
+        if dist.is_initialized():
+            if not should_log:
+                return False
+            shared = torch.tensor(number, device=device)
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            number = int(shared)
+        self.number = number or self.number
+        return number > 0
 
     def end(self):
         if dist.is_initialized() and self.in_loop:
@@ -447,7 +449,7 @@ def read_last(out, identity):
             hint = f" (that run's learning rate is down; --init {out}/encoder.pt starts from it)"
         raise InputError(f"{out} holds a run with other settings ({other}); name another --out"
                          f"{hint}")
-    return dict(saved, note=f"{broken}resuming at step {saved['step']}, from {name}")
+    return dict(saved, file=name, note=f"{broken}resuming at step {saved['step']}, from {name}")
 
 
 def has_checkpoint(out):
@@ -455,20 +457,20 @@ def has_checkpoint(out):
     return any(Path(out, name).exists() for name in CHECKPOINTS)
 
 
-def lock_folder(out):
-    """A file that keeps other runs out of the folder while this process lives; InputError if one is
-    at work there. (Not on Windows.)"""
+def lock_folder(out, wait=False):
+    """An open file that keeps other runs out of the folder; InputError, unless it shall wait, if
+    one is at work there. (No lock on Windows, nor where the disk knows none.)"""
     make_folder(out)
     file = open(out / ".lock", "a+")
     try:
         import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        return file
-    except OSError:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         raise InputError(f"{file.read() or 'another process'} is at work in {out}; wait for it, or "
                          "name another --out") from None
+    except (ImportError, OSError):
+        return file
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
@@ -477,12 +479,8 @@ def lock_folder(out):
 
 def cut_log(path, step):
     """Keep the rows of a log up to a step; a later one may be torn, and is computed again."""
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
-    kept = lines[:1]
-    for line in lines[1:]:
-        number = line.split(",")[0]
-        if line.endswith("\n") and number.isdigit() and int(number) <= step:
-            kept.append(line)
+    rows = re.findall(r"(?m)^((step|\d+),.*\n)", path.read_text(errors="replace"))
+    kept = [row for row, first in rows if first == "step" or int(first) <= step]
     with replace_file(path) as file:
         file.write("".join(kept).encode())
 
@@ -530,20 +528,24 @@ class RunFolder:
             (out / "log.csv").write_text("")
             save_views(out / "views.png", self.data, self.cfg.crop_scale, self.cfg.blur,
                        self.cfg.seed)
-        elif (out / "log.csv").exists():
+            return None
+        if saved["file"] == "previous.pt":                      # the later one is broken
+            os.replace(out / "previous.pt", out / "last.pt")
+        if (out / "log.csv").exists():
             cut_log(out / "log.csv", saved["step"])
         return saved
 
     def check(self, row):
         """FloatingPointError if the run has diverged; before anything of it is saved."""
         if not all(math.isfinite(value) for value in row.values()):
-            good = "nothing was saved before"
-            if has_checkpoint(self.cfg.out):
-                good = f"{self.cfg.out}/last.pt is the last good checkpoint"
-            raise FloatingPointError(
-                f"the loss is not finite at step {row['step']}, learning rate {row['lr']:.3g}; "
-                f"{good}: with --precision fp32 the same command goes on from there; a lower --lr "
-                "or more --warmup-epochs are another run: name another --out, or delete the folder")
+            self.stop_diverged(f"the loss is not finite at step {row['step']}, learning rate "
+                               f"{row['lr']:.3g}")
+
+    def stop_diverged(self, what):
+        raise FloatingPointError(
+            f"{what}; {self.cfg.out}/last.pt, if there is one, is the last good checkpoint: with "
+            "--precision fp32 the same command goes on from it; a lower --lr or more "
+            "--warmup-epochs are another run: name another --out, or delete the folder")
 
     def save_is_due(self):
         return time.monotonic() - self.saved >= 60 * self.cfg.save_minutes
@@ -552,13 +554,16 @@ class RunFolder:
         """Append a row to log.csv; print it every ten seconds, and with each kNN evaluation."""
         path = Path(self.cfg.out, "log.csv")
         texts = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if path.stat().st_size == 0:
-                writer.writeheader()
-            writer.writerow(texts)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(path, "a", newline="") as file:
+                writer = csv.DictWriter(file, list(row), lineterminator="\n")
+                if path.stat().st_size == 0:
+                    writer.writeheader()
+                writer.writerow(texts)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            raise OSError(f"cannot write {path}: {e}") from None
         is_due = row["knn"] is not None or row["step"] == last_step
         if not is_due and time.perf_counter() - self.printed < 10:
             return
@@ -568,10 +573,10 @@ class RunFolder:
         left = int((last_step - row["step"]) * self.cfg.batch_size / row["images_per_s"])
         copy = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
         knn = f"  kNN {row['knn']:.1f}%" if row["knn"] is not None else ""
-        print(f"{row['step'] / last_step:4.0%}  epoch {row['epoch']:.1f}/{self.cfg.epochs}  "
-              f"loss {large:.3f}{copy}{small}  lr {row['lr']:.3g}  "
-              f"{row['images_per_s']:.0f} images/s  waiting {row['waiting']:.0%}  "
-              f"ETA {left // 60}:{left % 60:02d}{knn}", flush=True)
+        print0(f"{row['step'] / last_step:4.0%}  epoch {row['epoch']:.1f}/{self.cfg.epochs}  "
+               f"loss {large:.3f}{copy}{small}  lr {row['lr']:.3g}  "
+               f"{row['images_per_s']:.0f} images/s  waiting {row['waiting']:.0%}  "
+               f"ETA {left // 60}:{left % 60:02d}{knn}")
 
     def save(self, steps_done, epochs, seconds):
         """Write last.pt, of which the one before becomes previous.pt; and encoder.pt."""
@@ -588,8 +593,8 @@ class RunFolder:
         state["method"] = {name: value for name, value in state["method"].items()
                            if not name.startswith("teacher.")}  # frozen: its fingerprint will do
         state.update(step=steps_done, seconds=seconds, identity=self.identity)
-        if not all(value.isfinite().all() for value in self.encoder.parameters()):
-            self.check(dict(step=steps_done, lr=math.nan))
+        if not all(value.isfinite().all() for value in state["method"].values()):
+            self.stop_diverged(f"a weight is not finite after step {steps_done}")
         out = Path(self.cfg.out)
         save_file(out / "new.pt", state)
         if (out / "last.pt").exists():
@@ -613,8 +618,7 @@ class TeacherCache:
                        views=view_plan(cfg))
         epochs = min(cfg.view_epochs or cfg.epochs, cfg.epochs)
         shape = (epochs, len(data.train), method.views_per_image, method.teacher.dim)
-        with main_process_first():
-            make_folder(path)
+        with main_process_first(), lock_folder(path, wait=True):
             if not (path / "z.float32").exists():
                 save_file(path / "fingerprint.pt", current)
             other = differences(read_checkpoint(path / "fingerprint.pt"), current)
@@ -637,13 +641,14 @@ class TeacherCache:
 
 
 def reserve(path, size):
-    """Make a file of so many bytes, or longer, on the disk: to write into a map of a file for which
-    there is no room would kill the process. (Linux; elsewhere the file grows as it is written.)"""
-    with open(path, "ab") as file:
-        before = file.tell()
+    """Make a file `size` bytes long on the disk: to write into a map of a file for which there is
+    no room would kill the process. (On Linux; elsewhere the file grows as it is written.)"""
+    path.touch()
+    with open(path, "r+b") as file:
+        before = file.seek(0, os.SEEK_END)
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate") and size > before:
+                os.posix_fallocate(file.fileno(), before, size - before)
         except OSError as e:
             file.truncate(before)
             raise InputError(f"--teacher-cache needs {size:,} bytes in {path} ({e}); name another "
