@@ -72,14 +72,10 @@ class Split:
     def subset(self, index):
         """The images at `index` (int64 array), in that order."""
         index = np.asarray(index)
-        chosen = Split()
-        if self.pixels is not None:
-            chosen.pixels = self.pixels[index]
-        if self.files is not None:
-            chosen.files = [self.files[i] for i in index]
-        if self.labels is not None:
-            chosen.labels = self.labels[index]
-        return chosen
+        pixels = None if self.pixels is None else self.pixels[index]
+        files = None if self.files is None else [self.files[i] for i in index]
+        labels = None if self.labels is None else self.labels[index]
+        return Split(pixels, files, labels)
 
 
 @dataclass
@@ -857,14 +853,11 @@ def print_table(rows, data, device, workers, out):
 # --------------------------------------------------------------------------- devices and processes
 def pick_device(name):
     """torch.device from auto, cpu, cuda or mps; InputError if there is none such."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    name = available[0] if name == "auto" else name
-    if name not in available:
-        raise InputError(f"no device '{name}' here; use --device {' or '.join(available)}")
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    names = [device for device in here if here[device]]
+    name = names[0] if name == "auto" else name
+    if name not in names:
+        raise InputError(f"no device '{name}' here; use --device {' or '.join(names)}")
     return torch.device(name)
 
 
@@ -931,18 +924,17 @@ def default_workers():
 def main_process_first():
     """The main process runs the block, then one process of each other machine, then the others:
     what those download or write, these find, whether the machines share their disks or not."""
-    turn = 2
-    if is_main_process():
-        turn = 0
-    elif os.environ.get("LOCAL_RANK") == "0":
-        turn = 1
-    several = dist.is_initialized()
-    for _ in range(turn if several else 0):
+    before = 1 if os.environ.get("LOCAL_RANK") == "0" else 2    # turns of others
+    before = 0 if is_main_process() else before
+    after = 2 - before
+    if not dist.is_initialized():
+        before = after = 0
+    for _ in range(before):
         dist.barrier()
     try:
         yield
     finally:
-        for _ in range(2 - turn if several else 0):
+        for _ in range(after):
             dist.barrier()
 
 

@@ -4376,6 +4376,7 @@ def test_a_teacher_is_used_at_the_size_of_the_run(quick, teacher_file):
     assert teacher.image_size == 40
 
 
+@slow
 def test_the_papers_setting_runs_on_large_images(tmp_path, monkeypatch, folder_of_images, capsys):
     """ImageNet's path would be broken: JPEG files, workers, a published MoCo-v2 ResNet-50."""
     monkeypatch.chdir(tmp_path)
@@ -4439,6 +4440,7 @@ def test_the_readmes_commands_are_understood():
         compile(block.split("```")[0], "README.md", "exec")
 
 
+@slow
 def test_an_exported_network_becomes_a_detector(quick):
     """As the README says; most users of a backbone without labels want to detect something."""
     for arch in ("mobilenet_v3_large", "resnet18"):
@@ -4463,6 +4465,7 @@ def test_an_exported_network_becomes_a_detector(quick):
     assert {"boxes", "labels", "scores"} <= found.keys()
 
 
+@slow
 def test_the_readmes_main_command_runs(tmp_path, monkeypatch, few_shapes, capsys):
     """The first thing that a user tries would fail, or its table would not be what it says."""
     monkeypatch.chdir(tmp_path)
