@@ -44,7 +44,6 @@ import difflib
 import hashlib
 import itertools
 import math
-import operator
 import os
 import re
 import shutil
@@ -335,7 +334,7 @@ class SEED(nn.Module):
 def embed(network, views):
     """Embeddings [V*B, D], view by view; neighbors of one size pass the network together."""
     z = []
-    for _, same_size in itertools.groupby(views, key=operator.attrgetter("shape")):
+    for _, same_size in itertools.groupby(views, key=lambda view: view.shape):
         z.append(network(torch.cat(list(same_size))))
     return torch.cat(z)
 
@@ -600,7 +599,7 @@ def adapt_stem_for_small_images(backbone, arch):
 EVALUATED = (".encoder_q.", ".base_encoder.", ".student.", ".teacher.backbone.",
              ".encoder.backbone.", ".backbone.", "")    # which to take of several networks
 LEFTOVERS = ("encoder_k", "key_encoder", "momentum", "queue", "prototypes", "predict", "optimizer",
-             "classifier", "class_vectors", "memory_bank", ".bn.", "head.mlp.", "last_layer.",
+             "class_vectors", "memory_bank", ".bn.", "head.mlp.", "last_layer.",
              "dino_loss", "callbacks.")
 RESNET_KEYS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
 RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3",
@@ -709,8 +708,12 @@ def load_from_hub(name):
     repo, _, entry = name.removeprefix("hub:").rpartition(":")
     source = "local" if os.path.isdir(repo) else "github"
     try:
-        backbone = torch.hub.load(repo, entry, source=source, trust_repo="check")
+        backbone, again = [torch.hub.load(repo, entry, source=source, trust_repo="check")
+                           for _ in range(2)]
         encoder = Encoder(name, None, backbone=backbone)
+        for weights, others in zip(backbone.parameters(), again.parameters()):
+            if not torch.equal(weights, others):
+                raise ValueError("some of its layers have random weights; take the file of weights")
     except (Exception, SystemExit) as e:                                # it is other people's code
         raise InputError(f"cannot load {name}: {first_line(e)}") from None
     encoder.provenance = f"{name}, no projection head"
@@ -788,19 +791,21 @@ def sort_weights(tensors, prefix, others, teacher, path):
     unknown = []
     for name, value in tensors.items():
         key = name.removeprefix(prefix)
-        match = layer.fullmatch(name)
-        group = match[1] if match else None
-        is_child = key.split(".")[0] in children and group != class_layer
+        group = layer.fullmatch(name)
+        is_child = key.split(".")[0] in children and not name.startswith(class_layer)
         if name.startswith(prefix) and key in own:
             backbone[key] = value
         elif name.startswith(others) or any(word in f".{name}" for word in LEFTOVERS):
             continue
-        elif group == class_layer and not match[2] and "encoder_q" not in prefix:
-            continue                                                    # scores of classes
-        elif match and group.startswith(beside) and not is_child:
-            heads.setdefault(group, {})[name.removeprefix(group)] = value
+        elif group and group[1].startswith(beside) and not is_child:
+            heads.setdefault(group[1], {})[name.removeprefix(group[1])] = value
         else:
             unknown.append(name)
+    for group, head in list(heads.items()):             # one layer scores classes, but MoCo v1's
+        matrices = [value for value in head.values() if value.ndim > 1]
+        is_linear_head = "proj" in group or "encoder_q" in prefix or teacher.hidden_dim == 0
+        if len(matrices) == 1 and not is_linear_head:
+            del heads[group]
     if unknown or len(heads) > 1:
         names = ", ".join((unknown or list(heads))[:3])
         raise InputError(f"{path} has weights that are no part of torchvision's {teacher.arch} or "
@@ -814,25 +819,24 @@ def rebuild_head(weights, width):
     running statistics are; a missing number is a ReLU. (A Linear alone has no number.)"""
     numbers = sorted({int(name.split(".")[0]) for name in weights if name[0].isdigit()})
     if not numbers:
-        out = len(weights.get("weight", ()))
-        return nn.Linear(width, out), out
+        layer = nn.Linear(width, len(weights.get("weight", ())))
+        return layer, layer.out_features
+    has_norm = any("running_mean" in name for name in weights)  # then biases may be left out
     head = nn.Sequential()
-    biases = set()
+    previous = numbers[0] - 1
     for number in numbers:
-        if len(head) and number - 1 not in numbers:
+        if number == previous + 2:
             head.add_module(str(number - 1), nn.ReLU(inplace=True))
-        weight = weights.get(f"{number}.weight", ())
-        mean = weights.get(f"{number}.running_mean")
-        if mean is not None:
-            layer = nn.BatchNorm1d(len(mean), affine=len(weight) > 0)
+        elif number > previous + 2:
+            raise ValueError(f"its head does not say what follows layer {previous}")
+        if f"{number}.running_mean" in weights:
+            layer = nn.BatchNorm1d(width, affine=f"{number}.weight" in weights)
         else:
-            layer = nn.Linear(width, len(weight), bias=f"{number}.bias" in weights)
-            width = len(weight)
-            if f"{number + 1}.running_mean" not in weights:             # else it needs no bias
-                biases.add(layer.bias is not None)
+            bias = f"{number}.bias" in weights or not has_norm
+            layer = nn.Linear(width, len(weights.get(f"{number}.weight", ())), bias)
+            width = layer.out_features
         head.add_module(str(number), layer)
-    if len(biases) > 1:
-        raise ValueError("a bias is missing")
+        previous = number
     return head, width
 
 
