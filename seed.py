@@ -802,9 +802,9 @@ def sort_weights(tensors, prefix, others, teacher, path):
         else:
             unknown.append(name)
     for group, head in list(heads.items()):             # one layer scores classes, but MoCo v1's
-        matrices = [value for value in head.values() if value.ndim > 1]
-        is_linear_head = "proj" in group or "encoder_q" in prefix or teacher.hidden_dim == 0
-        if len(matrices) == 1 and not is_linear_head:
+        shapes = [value.shape[1:] for value in head.values() if value.ndim > 1]
+        is_projection = "proj" in group or "encoder_q" in prefix or teacher.hidden_dim == 0
+        if shapes == [(teacher.feature_dim,)] and not is_projection:
             del heads[group]
     if unknown or len(heads) > 1:
         names = ", ".join((unknown or list(heads))[:3])

@@ -4861,7 +4861,7 @@ def test_bad_input_to_several_processes_is_one_line_of_the_first(monkeypatch, ca
     (MemoryError(), 1, "error: out of memory; lower"),
     (RuntimeError("Connection closed by peer [127.0.0.1]:1"), 1, "error: another process of this"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nunable to write to file "
-                  "</torch_1_2_3>: No space left on device (28)"), 1, "error: a process that reads"),
+                  "</torch_1_2_3>: No space left on device (28)"), 1, "error: a process that"),
     (RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error."), 1,
      "error: a process that reads images was killed; if shared memory (/dev/shm) is small"),
     (FloatingPointError("the loss is nan"), 1, "error: the loss is nan"),
