@@ -677,13 +677,13 @@ def load_teacher(path_or_url, arch=None):
     tensors = name_children(flatten(file))
     if arch is None:
         said = file.get("arch", getattr(file.get("args"), "arch", None))
-        arch = said if said in torchvision.models.list_models() else None
+        arch = said if str(said) in torchvision.models.list_models() else None
     prefix, others = find_backbone(tensors, arch, path)
     stem = tensors.get(f"{prefix}conv1.weight", torch.empty(0))         # a ResNet's
-    arch = arch or resnet_name(tensors, prefix)
+    arch = arch or resnet_name(tensors, prefix, path)
     if re.fullmatch(r"resnet\d+", arch) and stem.ndim == 4 and len(stem) > 64:
         arch = f"{arch}w{len(stem) // 64}"
-    is_ours = file.get("format") == "seed-encoder"
+    is_ours = str(file.get("format")) == "seed-encoder"
     try:
         options = [None, None, stem.shape[2:] == (3, 3)]
         if is_ours:
@@ -745,10 +745,14 @@ def name_children(tensors):
     return renamed
 
 
-def resnet_name(tensors, prefix):
+def resnet_name(tensors, prefix, path):
     """The ResNet of these weights; its number counts the convolutions and the class layer."""
-    blocks = [name for name in tensors if name.startswith(f"{prefix}layer")]
-    return f"resnet{2 + len([name for name in blocks if re.search('conv[123].weight$', name)])}"
+    convolution = re.compile(re.escape(prefix) + r"layer.*conv[123]\.weight")
+    name = f"resnet{2 + len([key for key in tensors if convolution.fullmatch(key)])}"
+    if name not in torchvision.models.list_models():
+        raise InputError(f"{path} holds a ResNet that torchvision does not know, or not all of "
+                         "one; --teacher-arch NAME tells what is missing")
+    return name
 
 
 def find_backbone(tensors, arch, path):
@@ -855,7 +859,11 @@ def fill(teacher, backbone, head, path, rebuild):
                 raise ValueError(f"{name} has numbers that are not finite")
             if name.endswith("running_var") and (value < 0).any():
                 raise ValueError(f"{name} has numbers below 0, which no variance is")
-        teacher.load_state_dict(weights)
+        for name in list(own):
+            if "num_batches_tracked" not in name:                       # which old files lack
+                del own[name]
+        own.update(weights)                                             # it knows versions, too
+        teacher.load_state_dict(own)
     except (RuntimeError, TypeError, ValueError) as e:                  # one line a kind of error
         lines = str(e).split("\n\t")
         problems = "; ".join(line[:120] for line in lines[1:4] or lines)
@@ -876,7 +884,10 @@ def read_checkpoint(path_or_url):
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except Exception as e:                                  # a broken zip, code inside, no network
-        raise InputError(f"cannot read {path}: {why_unreadable(path, e)}") from None
+        reason = why_unreadable(path, e)
+        if path != str(path_or_url):
+            os.remove(path)                                 # else it would be found again
+        raise InputError(f"cannot read {path}: {reason}") from None
     if not isinstance(file, dict):
         raise InputError(f"{path} is not a checkpoint: expected a dict of weights")
     return file

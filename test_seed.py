@@ -1731,6 +1731,41 @@ def test_a_file_that_leaves_a_choice_is_refused(tmp_path):
     assert "does not fit a resnet18: size mismatch for head.0.weight" in refusal(path)
 
 
+def test_a_network_that_knows_its_version_resumes_and_comes_back(quick):
+    """MNASNet refuses weights without it: a run would end before its table, and could not go on."""
+    flags = ["--method", "supervised", "--arch", "mnasnet0_5", *TINY, "--out", "run"]
+    train.main([*flags, "--max-steps", "1"])
+    train.main([*flags, "--max-steps", "2"])
+    encoder = load_teacher("run/encoder.pt")
+    assert encoder.arch == "mnasnet0_5"
+    saved = torch.load("run/encoder.pt", weights_only=True)
+    assert same(encoder.backbone.state_dict(), saved["backbone"])
+
+
+def test_a_broken_download_is_not_kept(tmp_path, monkeypatch):
+    """A page that says "no quota" would be found again in each start."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    pages = [b"<html>no quota left</html>"]
+
+    def fetch(url, path):
+        if pages:
+            Path(path).write_bytes(pages.pop())
+        else:
+            torch.save(OTHER, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    with pytest.raises(InputError, match="it is a web page; download the file again"):
+        load_teacher("https://example.org/file.pth")
+    assert load_teacher("https://example.org/file.pth").arch == "resnet18"
+
+
+def test_a_resnet_without_a_layer_is_no_other_resnet(tmp_path):
+    """The line would speak of a network 'resnet17', which nobody has named."""
+    weights = {name: value for name, value in OTHER.items() if "layer2.0.conv2" not in name}
+    torch.save(dict(weights, arch=np.zeros(3), format=np.zeros(2)), tmp_path / "f")
+    assert "a ResNet that torchvision does not know, or not all of one" in refusal(tmp_path / "f")
+
+
 def test_students_of_the_authors_that_are_other_networks_are_refused(tmp_path):
     """Their MobileNet is not torchvision's; its teacher, in the same file, must not slip in."""
     path = tmp_path / "student.pth"

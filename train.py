@@ -506,7 +506,8 @@ class RunFolder:
         if saved is None:
             return 0, 0.0
         print0(saved["note"])
-        weights = {**self.parts["method"].state_dict(), **saved["method"]}     # and the teacher's
+        weights = self.parts["method"].state_dict()             # and the teacher's
+        weights.update(saved["method"])
         self.parts["method"].load_state_dict(weights)
         self.parts["optimizer"].load_state_dict(saved["optimizer"])
         if saved["scaler"]:                                     # empty but for fp16
