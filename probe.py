@@ -1008,7 +1008,7 @@ def run_command(main):
         reasons = [line for pattern, line in REASONS.items() if re.search(pattern, text)]
         if not reasons:
             raise
-        fail(f"error: {reasons[0]}", 1)
+        fail(f"error: {reasons[0]} ({text.splitlines()[0][:150]})", 1)
 
 
 def fail(line, code):
