@@ -541,10 +541,13 @@ def resize(pixels, size):
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
-def test_views(split, size, device, workers, batch_size=256):
+def test_views(split, size, device, workers, batch_size=None):
     """The test views of a split, batch by batch: the images' numbers, int64 [B], and the views on
     the device, normalized, float32 [B, 3, size, size]. Decoded images are taken whole, those on
     disk by their `center_box`; what cannot be read is left out."""
+    if batch_size is None:                                      # more at once are slower on a CPU
+        on_cpu = torch.device(device).type == "cpu"
+        batch_size = 32 if on_cpu and size > SMALL else 256
     if split.pixels is not None:
         numbers = torch.arange(len(split)).split(batch_size)
         found = ((samples, resize(split.pixels[samples].to(device), size)) for samples in numbers)

@@ -3227,6 +3227,9 @@ def test_images_from_disk_are_evaluated_by_their_test_view(folder_of_images):
     parts = list(probe.test_views(split, 72, CPU, workers=0, batch_size=5))
     views = torch.cat([x for _, x in parts])
     assert torch.cat([samples for samples, _ in parts]).tolist() == list(range(len(split)))
+    many = Split(pixels=torch.zeros(100, 3, 8, 8, dtype=torch.uint8))
+    for size, counts in ((72, [32, 32, 32, 4]), (32, [100])):   # fewer are faster on a CPU
+        assert [len(x) for _, x in probe.test_views(many, size, "cpu", 0)] == counts
     for i in (3, 20):
         assert torch.equal(views[i], seed.normalize(probe.test_image(split, i, 72)[None])[0])
 
