@@ -278,7 +278,6 @@ def train(cfg, data, device, teacher=None):
     cache = TeacherCache(cfg, data, method, target_dtype) if teacher and cfg.teacher_cache else None
     model = compile_and_distribute(method, cfg)
     clock = Clock(seconds)
-    rank, world_size = rank_and_world_size()
     steps = range(first_step, last_step)                        # of all epochs that are left
     loader = batches(data.train, cfg, device, view_plan(cfg), steps)
     STOP.in_loop = True
@@ -286,8 +285,7 @@ def train(cfg, data, device, teacher=None):
         lr = lr_at(step, cfg, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Reseeded in each step, so that a resumed run draws the same (dropout, MoCo's shuffle).
-        torch.manual_seed(((cfg.seed * 2**32 + step) * world_size + rank) % 2**63)
+        seed_step(cfg, step)
         with record_function("teacher"), autocast(device, target_dtype):
             targets = cache.targets(batch) if cache else method.targets(batch.views, batch.labels)
         with record_function("student"), autocast(device, dtype):
@@ -312,22 +310,31 @@ def train(cfg, data, device, teacher=None):
             folder.check(row)
         method.after_step(targets)                              # only now the queue moves on
         if (should_log or stop) and is_main_process():
-            row.update(clock.lap(cfg.batch_size), knn=None)
-            if data.has_labels and cfg.eval_every and row["epoch"] % cfg.eval_every == 0:
-                scores, _ = evaluate(encoder, data, device, cfg.workers, KNN_LIMIT, linear=False)
-                row["knn"] = scores["knn"]
+            row.update(clock.lap(cfg.batch_size))
+            row["knn"] = knn_if_due(row["epoch"], encoder, data, cfg, device)
             if should_log:
                 folder.write_row(row, last_step)
             if ends_epoch or stop or folder.save_is_due():
                 folder.save(steps_done, row["epoch"], clock.seconds)
-        if should_log:
             clock.start()
         if stop:
             STOP.end()
-    STOP.in_loop = False
-    if STOP.number:                                             # it came after the last look
-        STOP.end()
+    STOP.leave_loop()
     return clock.seconds
+
+
+def seed_step(cfg, step):
+    """Seed what a step draws (dropout, MoCo's shuffle), so that a resumed run draws the same."""
+    rank, world_size = rank_and_world_size()
+    torch.manual_seed(((cfg.seed * 2**32 + step) * world_size + rank) % 2**63)
+
+
+def knn_if_due(epoch, encoder, data, cfg, device):
+    """kNN accuracy in percent after each --eval-every epochs; else None."""
+    if not data.has_labels or not cfg.eval_every or epoch % cfg.eval_every:
+        return None
+    scores, _ = evaluate(encoder, data, device, cfg.workers, KNN_LIMIT, linear=False)
+    return scores["knn"]
 
 
 def mean_of_ranks(values):
@@ -364,6 +371,11 @@ class StopSignal:
             number = int(shared)
         self.number = number or self.number
         return number > 0
+
+    def leave_loop(self):
+        self.in_loop = False
+        if self.number:                                         # it came after the last look
+            self.end()
 
     def end(self):
         if dist.is_initialized() and self.in_loop:
