@@ -279,9 +279,8 @@ def train(cfg, data, device, teacher=None):
     model = compile_and_distribute(method, cfg)
     clock = Clock(seconds)
     steps = range(first_step, last_step)                        # of all epochs that are left
-    loader = batches(data.train, cfg, device, view_plan(cfg), steps)
     STOP.in_loop = True
-    for step, batch in zip(steps, loader):
+    for step, batch in zip(steps, batches(data.train, cfg, device, view_plan(cfg), steps)):
         lr = lr_at(step, cfg, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
