@@ -12,6 +12,7 @@ rate on a part of the *training* images that it holds out. The test images choos
 Letters in shapes as in seed.py; and N, M images of a split, V views of an image.
 """
 import argparse
+import copy
 import errno
 import functools
 import hashlib
@@ -43,8 +44,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 
-from seed import (IMAGENET_MEAN, IMAGENET_STD, Encoder, InputError, augment, crop_box, load_teacher,
-                  normalize, rank_and_world_size, replace_file, save_file, to_float, uniforms)
+from seed import (IMAGENET_MEAN, IMAGENET_STD, Encoder, InputError, SplitBatchNorm2d, augment,
+                  crop_box, load_teacher, normalize, rank_and_world_size, replace_file, save_file,
+                  to_float, uniforms)
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 SMALL = 64                      # images up to so many pixels a side are decoded once and kept,
@@ -562,6 +564,29 @@ def test_views(split, size, device, workers, batch_size=None):
 
 
 @torch.no_grad()
+def average_batch_norm(encoder, split, workers=0, images=512):
+    """A copy of an encoder, in evaluation mode, with the batch-norm statistics of some images of a
+    split: the mean over batches of 32.
+
+    Running statistics lag behind the weights, in MobileNets by hundreds of steps, and those of an
+    untrained network are 0 and 1. As torch.optim.swa_utils.update_bn, but dropout stays off."""
+    encoder = copy.deepcopy(encoder).eval()
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None                              # each batch counts alike
+            module.train()
+        if isinstance(module, SplitBatchNorm2d):
+            module.splits = 1
+    device = next(encoder.parameters()).device
+    some = split.subset(np.random.default_rng(1).permutation(len(split))[:images])
+    for _, x in test_views(some, encoder.image_size, device, workers, batch_size=32):
+        if len(x) > 1:                                          # one image has no variance
+            encoder(x)
+    return encoder.eval()
+
+
+@torch.no_grad()
 def extract_features(encoder, split, device="cpu", workers=0):
     """Backbone features of the test views: float32 [N, feature_dim], on the CPU; and the split of
     these N images: all that can be read."""
@@ -726,10 +751,8 @@ def fit_classifier(encoder, data, device, cfg):
         schedule.step()
     if not loss.isfinite():
         raise FloatingPointError("the loss is not finite; the accuracy would mean nothing")
-    if is_trained:          # few steps leave running statistics behind, by far: average them anew
-        some = batches(data.train, cfg, device, views, range(min(steps, 20)), color=False)
-        torch.optim.swa_utils.update_bn((batch.views[0] for batch in some), backbone)
-    encoder.eval()
+    if is_trained:
+        encoder = average_batch_norm(encoder, data.train, cfg.workers)
     features, test = extract_features(encoder, data.test, device, cfg.workers)
     return accuracy(layer, features.to(device), test.labels.to(device))
 
@@ -1140,6 +1163,8 @@ def main(argv=None):
             export(encoder, args.export)
         return print0(f"wrote {args.export}: {encoder.arch}, all but its class layer")
     data = load_data_on_all(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
+    if args.encoder.startswith("random:"):
+        encoder = average_batch_norm(encoder, data.train, args.workers)
     if args.label_fraction < 1 and data.has_labels:
         data.train = label_fraction(data.train, args.label_fraction, args.seed)
     print0(f"{encoder.provenance}, {label_use(encoder.used_labels)}\n{data}")

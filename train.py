@@ -29,10 +29,11 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
-from probe import (DATASETS, SMALL, Parser, batches, check_ranges, default_workers, distribute,
-                   evaluate, from_main_process, init_distributed, is_main_process, label_use,
-                   load_data_on_all, load_teacher_on_all, main_process_first, make_folder, print0,
-                   print_table, refuse_among_data, run_command, save_json, save_views)
+from probe import (DATASETS, SMALL, Parser, average_batch_norm, batches, check_ranges,
+                   default_workers, distribute, evaluate, from_main_process, init_distributed,
+                   is_main_process, label_use, load_data_on_all, load_teacher_on_all,
+                   main_process_first, make_folder, print0, print_table, refuse_among_data,
+                   run_command, save_json, save_views)
 from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, describe,
                   rank_and_world_size, read_checkpoint, replace_file, save_encoder, save_file)
 
@@ -332,6 +333,7 @@ def knn_if_due(epoch, encoder, data, cfg, device):
     """kNN accuracy in percent after each --eval-every epochs; else None."""
     if not data.has_labels or not cfg.eval_every or epoch % cfg.eval_every:
         return None
+    encoder = average_batch_norm(encoder, data.train, cfg.workers)
     scores, _ = evaluate(encoder, data, device, cfg.workers, KNN_LIMIT, linear=False)
     return scores["knn"]
 
@@ -524,8 +526,7 @@ class RunFolder:
         if saved["scaler"]:                                     # empty but for fp16
             self.parts["scaler"].load_state_dict(saved["scaler"])
         if is_main_process():                                   # a kill may have come before it
-            path = Path(self.cfg.out, "encoder.pt")
-            save_encoder(path, self.encoder, saved["provenance"], saved["used_labels"])
+            self.save_encoder(saved["provenance"], saved["used_labels"])
         return saved["step"], saved["seconds"]
 
     def prepare(self):
@@ -612,8 +613,13 @@ class RunFolder:
         if (out / "last.pt").exists():
             os.replace(out / "last.pt", out / "previous.pt")
         os.replace(out / "new.pt", out / "last.pt")
-        save_encoder(out / "encoder.pt", self.encoder, provenance, used_labels)
+        self.save_encoder(provenance, used_labels)
         self.saved = time.monotonic()
+
+    def save_encoder(self, provenance, used_labels):
+        """Write encoder.pt. Its batch-norm statistics are averaged anew: it is not trained on."""
+        encoder = average_batch_norm(self.encoder, self.data.train, self.cfg.workers)
+        save_encoder(Path(self.cfg.out, "encoder.pt"), encoder, provenance, used_labels)
 
 
 class TeacherCache:
@@ -818,6 +824,8 @@ def main(argv=None):
     if dist.is_initialized():
         dist.destroy_process_group()
     if is_main_process():
+        if not cfg.init:                    # as the other rows, statistics of its own
+            rows[0]["encoder"] = average_batch_norm(untrained.to(device), data.train, cfg.workers)
         print_table(rows, data, device, cfg.workers, cfg.out)
 
 
