@@ -59,7 +59,7 @@ TO_64_PX = dict(
     eval_every=5, teacher_arch="resnet18", teacher_epochs=12,
     small_size=24, small_scale=(0.2, 0.5))              # at 16 px all crops are alike to a teacher
 RECIPES = {
-    "shapes": dict(TO_64_PX, crop_scale=(0.4, 1.0), epochs=7, teacher_epochs=7,
+    "shapes": dict(TO_64_PX, crop_scale=(0.4, 1.0), batch_size=64, epochs=7, teacher_epochs=5,
                    teacher_method="supervised"),                # smaller crops hide the outline
     "cifar": dict(TO_64_PX, small_images=True, epochs=200, warmup_epochs=5, batch_size=256,
                   queue_size=4096, eval_every=20, teacher_epochs=200),
@@ -67,7 +67,7 @@ RECIPES = {
     "imagenet, folder": {},
 }
 METHOD_CHANGES = {
-    ("shapes", "seed"): dict(lr=0.4, tau_t=0.05, batch_size=64),
+    ("shapes", "seed"): dict(lr=0.4, tau_t=0.05),
     ("shapes", "moco"): dict(lr=0.06, queue_size=256, key_momentum=0.99),
     ("cifar", "seed"): dict(lr=0.2),
     ("cifar", "moco"): dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1),
