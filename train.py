@@ -59,7 +59,7 @@ TO_64_PX = dict(
     eval_every=5, teacher_arch="resnet18", teacher_epochs=12,
     small_size=24, small_scale=(0.2, 0.5))              # at 16 px all crops are alike to a teacher
 RECIPES = {
-    "shapes": dict(TO_64_PX, crop_scale=(0.4, 1.0), batch_size=64, epochs=7, teacher_epochs=5,
+    "shapes": dict(TO_64_PX, crop_scale=(0.4, 1.0), batch_size=64, epochs=6, teacher_epochs=5,
                    teacher_method="supervised"),                # smaller crops hide the outline
     "cifar": dict(TO_64_PX, small_images=True, epochs=200, warmup_epochs=5, batch_size=256,
                   queue_size=4096, eval_every=20, teacher_epochs=200),
