@@ -3577,8 +3577,8 @@ def slow_training(method, data, cfg, steps):
         views = []
         for v in range(method.views_per_image):
             u = uniforms(0, epoch, samples, v)
-            options = (24, (0.2, 0.5)) if v >= 2 else (32,)             # two small crops
-            view = augment(data.train.pixels[samples], u, *options, blur=False)
+            size, scale = (24, (0.2, 0.5)) if v >= 2 else (32, (0.4, 1.0))      # two small crops
+            view = augment(data.train.pixels[samples], u, size, scale, blur=False)
             views.append(view.contiguous(memory_format=torch.channels_last))
         torch.manual_seed(step)                                 # for MoCo's shuffle
         targets = method.targets(views, data.train.labels[samples])
