@@ -4671,7 +4671,7 @@ def test_the_readmes_main_command_runs(tmp_path, monkeypatch, few_shapes, capsys
     monkeypatch.chdir(tmp_path)
     words = readme_commands("train.py")[0]
     assert words == ["--arch", "mobilenet_v3_large"]
-    train.main([*words, *"--subset 128 --max-steps 2 --epochs 2 --device cpu".split()])
+    train.main([*words, *"--subset 128 --max-steps 4 --epochs 2 --device cpu".split()])
     printed = capsys.readouterr().out
     out = Path("runs/shapes-seed-mobilenet_v3_large")
     rows = json.loads((out / "results.json").read_text())
