@@ -1,0 +1,55 @@
+"""Does a MoCo-v2 run recognize images, or does it tell new keys from old ones?
+
+    python assets/key_age.py RUN            # the folder of a run with --method moco
+
+The keys in the queue are up to K/B steps old, and the key encoder has moved since. A query can find its own key among
+them by its age alone. So the run's numbers are computed once more with the same queue of images, their keys made
+anew by today's key encoder: what is left of the agreement then is recognition.
+"""
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from probe import average_batch_norm, batches, load_data
+from seed import info_nce
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def measure(method, cfg, data, step, renew):
+    """Loss and top-1 agreement over the next eight batches, in percent."""
+    views = train.view_plan(cfg)
+    if renew:
+        before = range(step - cfg.queue_size // cfg.batch_size, step)
+        keys = [method.targets(batch.views) for batch in batches(data.train, cfg, CPU, views, before)]
+        method.queue.features = torch.cat(keys)                 # [K, D], the same images
+    found = []
+    for batch in batches(data.train, cfg, CPU, views, range(step, step + 8)):
+        key = method.targets(batch.views)                       # [B, D]
+        query = method(batch.views)                             # [B, D]
+        loss = info_nce(query, key, method.queue.features, cfg.tau_s)
+        found.append([loss, 100 * method.diagnostics(query, key)["top1_agreement"]])
+    return torch.tensor(found).mean(0).tolist()
+
+
+run = Path(sys.argv[1])
+cfg = argparse.Namespace(**json.loads((run / "args.json").read_text()))
+data = load_data(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
+_, method = train.build(cfg, data, CPU)
+saved = torch.load(run / "last.pt", weights_only=True)
+method.load_state_dict(saved["method"])
+for mode in ("training", "evaluation"):
+    for keys in ("the queue's keys", "keys made anew"):
+        copied = copy.deepcopy(method)
+        if mode == "evaluation":
+            copied.encoder = average_batch_norm(method.encoder, data.train)
+            copied.key_encoder = average_batch_norm(method.key_encoder, data.train)
+        loss, agreement = measure(copied, cfg, data, saved["step"], keys == "keys made anew")
+        print(f"{mode:10s}  {keys}:  loss {loss:.2f}  top-1 agreement {agreement:.1f}%", flush=True)
