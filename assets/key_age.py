@@ -2,9 +2,10 @@
 
     python assets/key_age.py RUN            # the folder of a run with --method moco
 
-The keys in the queue are up to K/B steps old, and the key encoder has moved since. A query can find its own key among
-them by its age alone. So the run's numbers are computed once more with the same queue of images, their keys made
-anew by today's key encoder: what is left of the agreement then is recognition.
+The keys in the queue are up to K/B steps old, and the key encoder has moved since. A query can find
+its own key among them by its age alone. So the run's numbers are computed once more with the same
+queue of images, their keys made anew by today's key encoder: what is left of the agreement then is
+recognition.
 """
 import argparse
 import copy
@@ -28,7 +29,8 @@ def measure(method, cfg, data, step, renew):
     views = train.view_plan(cfg)
     if renew:
         before = range(step - cfg.queue_size // cfg.batch_size, step)
-        keys = [method.targets(batch.views) for batch in batches(data.train, cfg, CPU, views, before)]
+        earlier = batches(data.train, cfg, CPU, views, before)
+        keys = [method.targets(batch.views) for batch in earlier]
         method.queue.features = torch.cat(keys)                 # [K, D], the same images
     found = []
     for batch in batches(data.train, cfg, CPU, views, range(step, step + 8)):
