@@ -618,7 +618,7 @@ class RunFolder:
         self.saved = time.monotonic()
 
     def save_encoder(self, provenance, used_labels):
-        """Write encoder.pt. Its batch-norm statistics are averaged anew: it is not trained on."""
+        """Write encoder.pt, with batch-norm statistics averaged anew; training keeps its own."""
         encoder = average_batch_norm(self.encoder, self.data.train, self.cfg.workers)
         save_encoder(Path(self.cfg.out, "encoder.pt"), encoder, provenance, used_labels)
 
