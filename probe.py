@@ -739,18 +739,22 @@ def fit_classifier(encoder, data, device, cfg):
     if is_trained:
         groups.append(dict(params=backbone.parameters(), lr=scale * cfg.backbone_lr))
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=cfg.weight_decay)
-    steps = cfg.epochs * (len(data.train) // cfg.batch_size)
+    steps_per_epoch = len(data.train) // cfg.batch_size
+    steps = cfg.epochs * steps_per_epoch
     milestones = [round(0.6 * steps), round(0.8 * steps)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     views = [(cfg.image_size, cfg.crop_scale)]
-    for batch in batches(data.train, cfg, device, views, range(steps), color=False):
+    stream = batches(data.train, cfg, device, views, range(steps), color=False)
+    for step, batch in enumerate(stream, start=1):
         loss = F.cross_entropy(model(batch.views[0]), batch.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    if not loss.isfinite():
-        raise FloatingPointError("the loss is not finite; the accuracy would mean nothing")
+        if step % steps_per_epoch == 0:
+            if not loss.isfinite():
+                raise FloatingPointError("the loss is not finite; the accuracy would mean nothing")
+            print0(f"  epoch {step // steps_per_epoch}/{cfg.epochs}  loss {loss.item():.3f}")
     if is_trained:
         encoder = average_batch_norm(encoder, data.train, cfg.workers)
     features, test = extract_features(encoder, data.test, device, cfg.workers)
@@ -1149,8 +1153,12 @@ def run_protocol(args, encoder, data, device, out):
         scores, material = evaluate(encoder, data, device, args.workers)
         save_neighbors(out / "neighbors.png", *material, data.image_size)
         return scores
-    return {name: fit_classifier(network, data, device, protocol(settings, args, network, data))
-            for name, (settings, network) in rows.items()}
+    scores = {}
+    for name, (settings, network) in rows.items():
+        print0(f"{name}:")
+        cfg = protocol(settings, args, network, data)
+        scores[name] = fit_classifier(network, data, device, cfg)
+    return scores
 
 
 def main(argv=None):

@@ -4495,6 +4495,13 @@ def test_a_profile_times_each_part_and_leaves_no_run_behind(quick, capsys, monke
     assert 0.4 < parts / table["whole step"] < 1.5
 
 
+def test_a_single_step_cannot_be_profiled(quick):
+    """The table would hold nan."""
+    flags = "--profile --method supervised --subset 4 --batch-size 4 --epochs 1".split()
+    with pytest.raises(InputError, match="raise --epochs"):
+        train.main([*TINY, *flags, "--arch", ARCH])
+
+
 def test_a_run_resumes_or_says_that_it_is_finished_and_refuses_other_settings(quick, capsys):
     """The same command again would silently train something else into the same folder."""
     flags = ["--method", "supervised", "--arch", ARCH, "--out", "run", *TINY]
@@ -4770,6 +4777,16 @@ def test_the_papers_linear_probe_is_the_papers(few_shapes, monkeypatch):
         lr=30.0, epochs=100, batch_size=256, weight_decay=0.0)
 
 
+def test_a_protocol_that_diverges_ends_with_the_epoch(few_shapes, capsys):
+    """Who fine-tunes at too high a rate would wait for days, for an accuracy of nothing."""
+    cfg = argparse.Namespace(**{**probe.LINEAR, "batch_size": 16, "epochs": 3, "lr": math.inf},
+                             seed=0, workers=0, image_size=32)
+    data = load_data("shapes", subset=48)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        probe.fit_classifier(load_encoder_of_a_test(), data, CPU, cfg)
+    assert "epoch" not in capsys.readouterr().out
+
+
 def load_encoder_of_a_test():
     """A frozen encoder whose batch norm is not the initial one."""
     encoder = Encoder(ARCH, 8, image_size=32)
@@ -4823,6 +4840,9 @@ def test_fine_tuning_trains_the_whole_network_on_the_share_of_labels(quick, few_
     assert [cfg.epochs for *_, cfg in seen] == [2, 2]
     out = capsys.readouterr().out
     assert re.search(r"fine-tuned [\d.]+%   the same network from scratch [\d.]+%", out)
+    epochs = r"  epoch 1/2  loss [\d.]+\n  epoch 2/2  loss [\d.]+\n"
+    lines = f"finetuned:\n{epochs}from_scratch:\n{epochs}"
+    assert re.search(lines, out), "who waits an hour wants to see that it goes on"
     summary = json.loads(Path("probe-finetuned.json").read_text())
     assert {"finetuned", "from_scratch"} <= summary.keys()
 

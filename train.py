@@ -769,6 +769,8 @@ def profile(cfg, data, device, teacher):
     stages = ("reading", "augmentation", "loss", *networks)
     events = [e for e in profiler.events() if e.name in stages and e.device_type == DeviceType.CPU]
     starts = [event.time_range.start for event in events if event.name == "reading"]
+    if len(starts) < 2:
+        raise InputError("--profile: the run has one step, which cannot be timed; raise --epochs")
     ms = {"whole step": np.median(np.diff(sorted(starts))) / 1e3}
     for stage in stages:
         times = [max(e.cpu_time_total, e.device_time_total) for e in events if e.name == stage]
