@@ -20,10 +20,11 @@ look at the same view, a randomly cropped and recolored copy of the image.
 Letters in shapes (a line that changes a tensor's shape ends in the new one):
     B  images in the batch of one process      D  width of an embedding (128)
     R  processes that train together           K  length of the queue (65,536)
-    C  classes                                 S  side of a view in pixels
+    C  classes                                 F  width of the backbone's features
+    V  views of an image                       S  side of a view in pixels
     U  random numbers that make one view       H, W  height and width of an image in pixels
 
-Departures ("-": we could not check what the paper says):
+Differences ("-": we could not check what the paper says):
 
                   paper   authors' code                 here
     tau_t         -       1e-4                          0.01, as in a re-implementation
@@ -31,7 +32,7 @@ Departures ("-": we could not check what the paper says):
                           queue is cloned               clone is needed
     color jitter  -       in random order               in one fixed order
     crop box      -       on whole pixels               between pixels, too
-    small crops   -       6, for the best results       --small-crops, as theirs
+    small crops   -       6, for the best results       --small-crops 6, or a SwAV teacher
 
 The training loop is `train` in train.py; data sets and evaluation are in probe.py. This file needs
 neither: `python seed.py` trains a toy in a few seconds.
@@ -97,7 +98,7 @@ def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
 
     Why are both compared with the teacher's entries? They tie the two spaces together: the student
     has to put an image where the teacher's embeddings of similar images are. And entry j means the
-    same image to both, so that p_s[j] and p_t[j] can be compared. Hence D is equal.
+    same image to both, so that p_s[j] and p_t[j] can be compared. So both need the same D.
 
     What does tau_t do? z_t . z_t = 1 is the largest similarity there is. As tau_t -> 0, all of p_t
     moves to that entry, and the loss becomes `info_nce`, "find your own entry": neighbors count for
@@ -107,7 +108,7 @@ def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
     `self_prob`, the weight that p_t leaves to the image itself.
 
     How low does it get? It starts near log(1 + K), 11.1 for K = 65,536, and is at least H(p_t), the
-    entropy of p_t; KL = loss - H(p_t) is the student's part. It stays far above 0, too, because
+    entropy of p_t; KL = loss - H(p_t) is the student's part. KL does not reach 0 either, because
     tau_s > tau_t makes p_s flatter than p_t. At the defaults p_t is nearly one-hot, and a copy of
     the teacher (z_s = z_t) has a KL of -log p_s[0] = log(1 + K e^-5 E[e^(5 cos)]), where 5 is
     1 / tau_s and cos its similarity to an entry: 6.2 nats for a random queue, more for a real one.
@@ -158,9 +159,9 @@ def seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
     loss = seed_loss(z_s, z_t, queue, tau_s, tau_t)
     loss_of_a_copy = seed_loss(z_t, z_t, queue, tau_s, tau_t)
     p_t = similarity_logits(z_t, z_t, queue, tau_t).softmax(dim=1)             # [B, 1+K]
-    p_s = similarity_logits(z_s, z_t, queue, tau_s).softmax(dim=1)             # [B, 1+K]
+    logits_s = similarity_logits(z_s, z_t, queue, tau_s)                       # [B, 1+K]
     entropy = torch.special.entr(p_t).sum(dim=1).mean()
-    agreement = (p_s.argmax(dim=1) == 0).float().mean()
+    agreement = (logits_s.argmax(dim=1) == 0).float().mean()
     return dict(kl=loss - entropy, entropy=entropy, loss_of_a_copy=loss_of_a_copy,
                 self_prob=p_t[:, 0].mean(), top1_agreement=agreement)
 
@@ -245,9 +246,9 @@ class SEED(nn.Module):
         module with an attribute `dim` (D) that turns a view into embeddings [B, D], rows of length
         1; see `TinyNetwork` below. queue_size: K; tau_s, tau_t: the temperatures of `seed_loss`.
         symmetric: take two views; the student's embedding of each is compared with the teacher's of
-        the other (the re-implementation's; a point better there). small_crops: views behind the
-        large ones that show a small part of the image. They cost little, and must be recognized by
-        a detail. A part is unlike any whole image, so they have a queue of their own.
+        the other (the re-implementation's; a point better there). small_crops: number of further
+        views, last in the list, each a small part of the image. They cost little, and must be
+        recognized by a detail. A part is unlike any whole image, so they have their own queue.
     Raises: ValueError if `dim` is missing or not the same for both; the first `loss` raises it for
         embeddings of another shape or length."""
 
@@ -359,7 +360,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.splits = splits
 
     def forward(self, x):
-        parts = x.chunk(self.splits) if self.training else [x]
+        parts = x.tensor_split(self.splits) if self.training else [x]
         return torch.cat([nn.BatchNorm2d.forward(self, part) for part in parts])
 
 
@@ -468,8 +469,8 @@ class Encoder(nn.Module):
         image_size: S, side of the views in pixels, which the network must accept.
         backbone: a module of your own in place of torchvision's, images [B, 3, S, S] -> [B, F].
     Attributes: feature_dim: width of the features; provenance: a line on how it was trained;
-        used_labels: whether labels took part, None if unknown; multi_crop: whether it was trained
-        with small crops, as SwAV is.
+        used_labels: whether labels took part, None if unknown; multi_crop: whether its file has
+        prototypes, as that of SwAV, which was trained with small crops.
     Raises: InputError for an unknown name, or a network that cannot be an encoder at this size."""
 
     def __init__(self, arch, dim=128, hidden_dim=None, small_images=False, image_size=224,
@@ -520,8 +521,9 @@ class Encoder(nn.Module):
                                       nn.Linear(hidden, dim))
 
     def check_image_size(self, image_size):
-        """Remember the size; InputError unless images of it pass. (A network of torchvision's is
-        tried without arithmetic; of one of your own, `feature_dim` is found so.)"""
+        """Remember the size; InputError unless images of it pass. (Of torchvision's networks the
+        shapes alone are computed, on the device "meta"; one of your own runs once, which also tells
+        its `feature_dim`.)"""
         device = "meta" if self.last_layer else "cpu"
         network = copy.deepcopy(self.backbone).to(device).train(device == "meta")
         problem = "it returns more than one vector an image"
@@ -599,8 +601,7 @@ def adapt_stem_for_small_images(backbone, arch):
 EVALUATED = (".encoder_q.", ".base_encoder.", ".student.", ".teacher.backbone.",
              ".encoder.backbone.", ".backbone.", "")    # which to take of several networks
 LEFTOVERS = ("encoder_k", "key_encoder", "momentum", "queue", "prototypes", "predict", "optimizer",
-             "class_vectors", "memory_bank", ".bn.", "head.mlp.", "last_layer.",
-             "dino_loss", "callbacks.")
+             "class_vectors", "memory_bank", "head.mlp.", "last_layer.", "dino_loss", "callbacks.")
 RESNET_KEYS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
 RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3",
                    "7": "layer4"}
@@ -668,7 +669,8 @@ def load_teacher(path_or_url, arch=None):
     Args: path_or_url: a file, or an http(s) address (kept in torch's hub folder); or hub:REPO:ENTRY
         for torch.hub, where REPO may be a directory: this runs that repository's code.
         arch: name of the network, if neither the file nor its shapes (a ResNet's do) say it.
-    Returns: Encoder; its `provenance` says what it is, `used_labels` is None if the file does not.
+    Returns: Encoder; its `provenance` says what it is. `used_labels`, if the file does not say, is
+        False with a head (such heads learn without labels), else None.
     Raises: InputError for a file that is missing, broken, unknown, or does not fit the network."""
     path = str(path_or_url)
     if path.startswith("hub:"):
@@ -692,12 +694,12 @@ def load_teacher(path_or_url, arch=None):
     except (KeyError, RuntimeError, TypeError):
         raise InputError(f"{path} is not a whole encoder.pt; make it anew") from None
     backbone, head, head_name = sort_weights(tensors, prefix, others, teacher, path)
-    fill(teacher, backbone, head, path, rebuild=head and not is_ours)
+    fill(teacher, backbone, head, path)
     total = len(teacher.backbone.state_dict())                          # all are there by now
     known = f"head '{head_name}', {teacher.dim} wide" if head else "no projection head"
     made = file.get("provenance", file.get("made", f"weights under '{prefix}', {known}"))
     teacher.provenance = f"{arch}, {made}, matched {total}/{total} backbone keys"
-    labels = False if head and not is_ours else None        # such heads learn without labels
+    labels = False if head and not is_ours else None
     teacher.used_labels = file.get("used_labels", file.get("labels_seen", labels))
     teacher.multi_crop = any("prototypes" in name for name in tensors)
     return teacher.eval().requires_grad_(False)
@@ -783,7 +785,11 @@ def find_backbone(tensors, arch, path):
 
 
 def sort_weights(tensors, prefix, others, teacher, path):
-    """The backbone's weights, the head's, and what the file calls the head."""
+    """The backbone's weights, the head's, and what the file calls the head.
+
+    Of "module.backbone.conv1.weight" and "module.projector.0.weight" the prefix is
+    "module.backbone."; so the head is looked for beside it, under "module.", and found as
+    "module.projector.". Barlow Twins' loss keeps a batch norm there, too: "module.bn."."""
     ends = "weight|bias|running_mean|running_var|num_batches_tracked"
     layer = re.compile(rf"(|.*?\.)(\d+\.)?({ends})")         # group, number in it, what
     own = teacher.backbone.state_dict()
@@ -796,10 +802,11 @@ def sort_weights(tensors, prefix, others, teacher, path):
     for name, value in tensors.items():
         key = name.removeprefix(prefix)
         group = layer.fullmatch(name)
-        is_child = key.split(".")[0] in children and not name.startswith(class_layer)
+        is_inside = name.startswith(prefix) and key.split(".")[0] in children
+        is_child = is_inside and not name.startswith(class_layer)
         if name.startswith(prefix) and key in own:
             backbone[key] = value
-        elif name.startswith(others) or any(word in f".{name}" for word in LEFTOVERS):
+        elif name.startswith((*others, f"{beside}bn.")) or any(w in name for w in LEFTOVERS):
             continue
         elif group and group[1].startswith(beside) and not is_child:
             heads.setdefault(group[1], {})[name.removeprefix(group[1])] = value
@@ -844,13 +851,15 @@ def rebuild_head(weights, width):
     return head, width
 
 
-def fill(teacher, backbone, head, path, rebuild):
+def fill(teacher, backbone, head, path):
     """Load all weights; InputError for what does not fit."""
     weights = {f"backbone.{name}": value for name, value in backbone.items()}
     weights.update({f"head.{name}": value for name, value in head.items()})
     try:
-        if rebuild:
+        if head:
             teacher.head, teacher.dim = rebuild_head(head, teacher.feature_dim)
+            if isinstance(teacher.head, nn.Linear):
+                teacher.hidden_dim = 0
         own = teacher.state_dict()
         for name, value in weights.items():
             if name in own and value.is_floating_point() != own[name].is_floating_point():
@@ -862,9 +871,9 @@ def fill(teacher, backbone, head, path, rebuild):
         for name in list(own):
             if "num_batches_tracked" not in name:                       # which old files lack
                 del own[name]
-        own.update(weights)                                             # it knows versions, too
+        own.update(weights)                     # a plain dict would lack the versions of modules
         teacher.load_state_dict(own)
-    except (RuntimeError, TypeError, ValueError) as e:                  # one line a kind of error
+    except (RuntimeError, TypeError, ValueError) as e:      # a line for each kind of misfit
         lines = str(e).split("\n\t")
         problems = "; ".join(line[:120] for line in lines[1:4] or lines)
         raise InputError(f"{path} does not fit a {teacher.arch}: {problems}") from None
@@ -1037,7 +1046,7 @@ def gaussian_blur(images, sigma):
 
 
 def to_float(images):
-    """uint8 0..255 -> float32 0..1; other floats -> float32."""
+    """uint8 0..255 -> float32 0..1; floats -> float32."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
@@ -1060,7 +1069,8 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True, color=True):
         scale: share of the image that a crop covers; None: the images are crops already.
         blur: whether to blur (off for small images, as in MoCo's CIFAR demonstration).
         color: False: crop and flip alone, for training with labels.
-    Returns: float32 [B, 3, S, S], normalized. Raises: ValueError for shapes that do not fit."""
+    Returns: float32 [B, 3, S, S] (not cropped: [B, 3, H, W]), normalized. Raises: ValueError for
+        shapes that do not fit."""
     if images.ndim != 4 or images.shape[1] != 3 or u.shape != (len(images), UNIFORMS):
         shapes = [list(x.shape) for x in (images, u)]
         raise ValueError(f"expected images [B, 3, H, W] and u [B, {UNIFORMS}], got {shapes}")
@@ -1070,7 +1080,7 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True, color=True):
     if scale is not None:
         box = crop_box(u, x.shape[2], x.shape[3], scale).to(x.device, non_blocking=True)
         x = crop_and_resize(x, box, size or x.shape[2])                 # [B, 3, S, S]
-    # Found on the CPU, because nonzero() on a GPU would wait for it.
+    # Found on the CPU: nonzero() on a GPU would make the program wait for it.
     blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(x.device, non_blocking=True)
     u = u.to(x.device, non_blocking=True)[:, :, None, None, None]       # u[:, FLIP]: [B, 1, 1, 1]
     x = torch.where(u[:, FLIP] < FLIP_P, x.flip(3), x)

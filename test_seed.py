@@ -886,6 +886,14 @@ def test_split_batch_norm_is_batch_norm_on_separate_devices():
     assert torch.allclose(split.eval()(x), plain.eval()(x), atol=1e-6)
 
 
+def test_split_batch_norm_has_as_many_parts_as_it_says():
+    """Nine images in parts of two would leave one alone, which has no variance at 1x1 pixels."""
+    split = SplitBatchNorm2d(nn.BatchNorm2d(3), splits=4)
+    x = torch.randn(9, 3, 1, 1)
+    parts = [F.batch_norm(part, None, None, training=True) for part in x.split([3, 2, 2, 2])]
+    assert torch.allclose(split(x), torch.cat(parts), atol=1e-5)
+
+
 def test_moco_splits_the_batch_norm_of_both_encoders_and_keeps_the_weights():
     """A network trained by MoCo must load where the plain one does, with the weights it had."""
     encoder = SmallNetwork()
@@ -1193,6 +1201,8 @@ def test_older_and_wrapped_files_load_too(tmp_path, key):
     dict(arch="shufflenet_v2_x0_5", dim=16, hidden_dim=24, image_size=32),
     dict(arch="shufflenet_v2_x0_5", dim=16, hidden_dim=0),
     dict(arch="shufflenet_v2_x0_5", dim=None),
+    dict(arch="swin_t", dim=16, image_size=32),         # calls its class layer "head", as we ours
+    dict(arch="swin_t", dim=16, hidden_dim=0, image_size=32),
     dict(arch="resnet18", small_images=True, image_size=32)])
 def test_an_encoder_file_comes_back_as_it_was_saved(tmp_path, options):
     """What a run leaves must be what it trained: backbone, head and first layers."""
@@ -1537,6 +1547,8 @@ def test_a_published_layout_becomes_the_network_that_its_authors_evaluate(tmp_pa
     assert teacher.multi_crop == name.startswith("SwAV")
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
+    save_encoder(tmp_path / "encoder.pt", teacher, teacher.provenance, False)
+    assert torch.equal(load_teacher(tmp_path / "encoder.pt")(x), teacher(x)), "as a file of ours"
 
 
 def mutate(file, rng):
@@ -1650,6 +1662,9 @@ def test_a_head_that_the_file_does_not_tell_is_refused(tmp_path):
         weights = {**network.state_dict(), **under("projection_head.", head)}
         torch.save(weights, tmp_path / "f")
         assert words in refusal(tmp_path / "f")
+    head = under("proj.fc.", linear) | under("proj.bn.", norm)          # in which order?
+    torch.save({**under("backbone.", network.state_dict()), **head}, tmp_path / "f")
+    assert "proj.bn." in refusal(tmp_path / "f")
 
 
 def test_a_network_that_segments_is_no_teacher(tmp_path):
