@@ -54,9 +54,12 @@ MEMORY = 2 * 2**30              # if all of them take no more bytes than this
 TABLE_LIMIT = 50_000            # images of a split that the table looks at
 ENDINGS = set(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .jp2".split())
 VAL_NAMES = ("val", "valid", "validation", "test")
+SPLIT_NAMES = {"train", "training", "testing", *VAL_NAMES}
 WHITE = (1, 255, 4095, 65535)   # the brightest value of an image with more than 8 bits
 NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 SKIPPED = set()                 # files of images that cannot be read; each is named once
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1")
+                if hasattr(signal, name)]                       # Windows has no SIGUSR1
 
 
 # ------------------------------------------------------------------------------------ the data sets
@@ -182,6 +185,9 @@ def find_images(name, root):
                          f"{', '.join(sorted(ENDINGS))})")
     folders = class_folders(files, top)
     classes = sorted(set(folders))
+    if len(classes) > 1 and {folder.lower() for folder in classes} <= SPLIT_NAMES:
+        raise InputError(f"{top} holds {' and '.join(classes)}, which are no classes; name them "
+                         "train and val")
     if len(classes) < 2 or "" in classes:                       # one class is no label
         classes = []
     train = Split(files=files, labels=number_labels(folders, classes))
@@ -189,6 +195,8 @@ def find_images(name, root):
         raise not_imagenet
     if has_train and val:
         test_files, more_notes = list_files(val)
+        if not test_files:
+            raise InputError(f"no image in {val}; remove that folder to have a tenth held out")
         test_folders = class_folders(test_files, val)
         unknown = sorted(set(test_folders) - set(classes) - {""})
         if classes and unknown:
@@ -197,7 +205,9 @@ def find_images(name, root):
             test = Split(files=test_files, labels=number_labels(test_folders, classes))
             return train, test, classes, notes + more_notes
         notes.append(f"{val} has no class folders, so a part of {top} is held out instead")
-    order = np.random.default_rng(0).permutation(len(files))    # hold out a tenth, always the same
+    # Hold out a tenth by a hash of the names: the same, too, when other images come or go.
+    names = [os.fsencode(os.path.relpath(file, top)) for file in files]
+    order = np.argsort([hashlib.sha256(name).hexdigest() for name in names])
     held_out = max(1, min(10_000, len(order) // 10))
     return (train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out])),
             classes, notes)
@@ -399,9 +409,12 @@ class Crops(Dataset):
 
 
 def leave_group(worker):
-    """For a process that reads: Ctrl-C and `timeout` signal a group, and are meant for a run."""
+    """For a process that reads: Ctrl-C, `timeout` and Slurm signal all processes, and mean the
+    run, which still needs its readers for the step that it finishes."""
     if hasattr(os, "setpgrp"):                                  # Windows has no groups
         os.setpgrp()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -716,7 +729,8 @@ def protocol(settings, args, encoder, data):
     cfg.batch_size = min(args.batch_size or cfg.batch_size, len(data.train))
     cfg.batch_size -= cfg.batch_size % world_size
     if cfg.batch_size < 2 * world_size:
-        raise InputError(f"{len(data.train)} training images are too few; raise --label-fraction")
+        raise InputError(f"{len(data.train)} training images are too few, or the batch is: each "
+                         "process needs 2; raise --label-fraction or --batch-size")
     return cfg
 
 
@@ -1025,6 +1039,7 @@ REASONS = {                     # what errors of PyTorch's mean, those that are 
 
 def run_command(main):
     """Call `main`; what a user can mend becomes one line and an exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")           # a file's name may be no text
     try:
         main()
     except InputError as e:
@@ -1116,6 +1131,10 @@ def parse_args(argv=None):
          "encoder's file, or here")
     args = parser.parse_args(argv)
     check_ranges(args)
+    if args.finetune and args.linear == "paper":
+        parser.error("--finetune and --linear paper are two runs; leave one out")
+    if (args.epochs or args.batch_size) and not args.finetune and args.linear != "paper":
+        parser.error("--epochs and --batch-size are for --finetune and --linear paper")
     return args
 
 

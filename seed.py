@@ -582,7 +582,8 @@ def adapt_stem_for_small_images(backbone, arch):
     name, conv = next((n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
     if conv.stride != (2, 2):
         raise InputError(f"{arch} cannot be adapted to small images: the stride of its first "
-                         f"convolution is {conv.stride[0]}, not 2; leave small_images off")
+                         f"convolution is {conv.stride[0]}, not 2; leave small_images off "
+                         "(--no-small-images)")
     conv.stride = (1, 1)
     if conv.kernel_size == (7, 7):
         bias = conv.bias is not None

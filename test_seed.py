@@ -2445,6 +2445,23 @@ def test_a_folder_may_have_class_folders_alone(tmp_path):
         assert folders == [data.classes[label] for label in split.labels]
     again = load_data("folder", tmp_path, 16, seed=1)
     assert again.test.files == data.test.files, "always the same tenth"
+    os.remove(data.train.files[3])
+    write_images(tmp_path, ["x/new.png"])
+    again = load_data("folder", tmp_path, 16)
+    assert len(set(again.test.files) & set(data.test.files)) >= 2, "a network saw the others"
+
+
+@pytest.mark.parametrize("names, words", [
+    (("Training/a/1.png", "Training/b/2.png", "Test/a/3.png"), "Test and Training, which are no"),
+    (("train/a/1.png", "train/b/2.png", "val/readme.txt"), "no image in")])
+def test_splits_of_other_names_are_no_classes(tmp_path, names, words):
+    """A network would be praised for telling training images from test images; or evaluated on
+    nothing, after days."""
+    write_images(tmp_path, [name for name in names if name.endswith("png")])
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(InputError, match=words):
+        load_data("folder", tmp_path, 16)
 
 
 def test_a_folder_may_have_no_labels(tmp_path):
@@ -4517,6 +4534,45 @@ def test_a_single_step_cannot_be_profiled(quick):
         train.main([*TINY, *flags, "--arch", ARCH])
 
 
+def test_a_finished_run_keeps_its_encoder_to_the_last_bit(quick):
+    """A student knows its teacher by the bits: made anew, on another device, it would be another,
+    and the student could not go on."""
+    flags = ["--method", "supervised", "--arch", ARCH, "--out", "run", *TINY]
+    train.main(flags)
+    file = Path("run/encoder.pt")
+    before = file.stat().st_mtime_ns
+    train.main(flags)
+    assert file.stat().st_mtime_ns == before
+    file.unlink()
+    train.main(flags)
+    assert file.exists()
+
+
+def test_a_folder_in_use_is_left_alone(quick):
+    """`--out .` would empty a log.csv and delete temporary files that are of no run."""
+    for name in ("log.csv", "notes.tmp"):
+        Path(name).write_text("of a user")
+    with pytest.raises(InputError, match="a log.csv that is of no run"):
+        train.main(["--method", "supervised", "--arch", ARCH, "--out", ".", *TINY])
+    assert {Path(name).read_text() for name in ("log.csv", "notes.tmp")} == {"of a user"}
+
+
+def test_reading_initial_weights_leaves_the_random_numbers_alone(teacher_file, monkeypatch):
+    """Only the first process reads; on the others the queue would start with other entries."""
+    teacher = load_teacher(teacher_file)
+    drawn = []
+    for extra in (0, 7):
+        def read(path, arch, extra=extra):
+            torch.rand(extra)
+            return teacher
+
+        monkeypatch.setattr(train, "load_teacher_on_all", read)
+        args = train.parse_args(["--arch", ARCH, "--init", teacher_file])
+        train.new_encoder(train.make_config(args, "seed"))
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
 def test_a_run_resumes_or_says_that_it_is_finished_and_refuses_other_settings(quick, capsys):
     """The same command again would silently train something else into the same folder."""
     flags = ["--method", "supervised", "--arch", ARCH, "--out", "run", *TINY]
@@ -4899,6 +4955,13 @@ def test_a_share_of_labels_is_the_same_of_each_class():
     assert not torch.equal(probe.label_fraction(split, 0.1, 1).pixels, chosen.pixels)
 
 
+@pytest.mark.parametrize("flags", ["--finetune --linear paper", "--epochs 3", "--batch-size 8"])
+def test_flags_of_the_probe_that_would_do_nothing_are_refused(flags):
+    """A user would read one number for another."""
+    with pytest.raises(InputError, match="--finetune and --linear paper"):
+        probe.parse_args(["encoder.pt", *flags.split()])
+
+
 def test_protocols_refuse_what_they_cannot_do(quick, few_shapes):
     """Each would end in a traceback after minutes of reading."""
     write_images(Path("flat"), [f"{i}.png" for i in range(12)])
@@ -5190,16 +5253,31 @@ def test_a_run_that_is_killed_at_any_moment_is_the_run_that_never_stopped(tmp_pa
     assert not list(tmp_path.glob("run/*.tmp"))
 
 
-def kill_all(process):
-    """kill -9 of a command and of the processes that it started."""
+def kill_all(process, number=signal.SIGKILL):
+    """Signal a command and the processes that it started; kill -9 if not told otherwise."""
     listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
     parents = dict(line.split() for line in listed.splitlines()[1:])
     family = [str(process.pid)]
     for pid in family:
         family += [child for child, parent in parents.items() if parent == pid]
-    for pid in family:
-        os.kill(int(pid), signal.SIGKILL)
-    process.communicate()
+    for pid in family[::-1]:                                    # readers first
+        os.kill(int(pid), number)
+    return process.communicate(timeout=60)[0]
+
+
+@slow
+@pytest.mark.parametrize("number", train.STOP_SIGNALS)
+def test_a_signal_to_all_processes_does_not_cost_the_last_minutes(tmp_path, number):
+    """Slurm signals the readers of images, too; a run without them could not finish its step."""
+    gray_images(tmp_path / "images", 120)
+    flags = [*SHORT_RUN, *"--method supervised --image-size 72 --workers 2".split()]
+    process = start(sys.executable, HERE / "train.py", *flags, "--save-minutes", 99, "--out", "run",
+                    cwd=tmp_path)
+    wait_for_rows(tmp_path / "run", 3, process)
+    out = kill_all(process, number)
+    assert process.returncode == 128 + number
+    assert f"ended by {signal.Signals(number).name}; the same command goes on" in out
+    assert last_checkpoint(tmp_path / "run")["step"] % 13 != 0, "not the save after an epoch"
 
 
 @slow

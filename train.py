@@ -29,18 +29,16 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
-from probe import (DATASETS, SMALL, Parser, average_batch_norm, batches, check_ranges,
-                   default_workers, distribute, evaluate, from_main_process, init_distributed,
-                   is_main_process, label_use, load_data_on_all, load_teacher_on_all,
-                   main_process_first, make_folder, print0, print_table, refuse_among_data,
-                   run_command, save_json, save_views)
+from probe import (DATASETS, SMALL, STOP_SIGNALS, Parser, average_batch_norm, batches,
+                   check_ranges, default_workers, distribute, evaluate, from_main_process,
+                   init_distributed, is_main_process, label_use, load_data_on_all,
+                   load_teacher_on_all, main_process_first, make_folder, print0, print_table,
+                   refuse_among_data, run_command, save_json, save_views)
 from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, describe,
                   rank_and_world_size, read_checkpoint, replace_file, save_encoder, save_file)
 
 METHOD_NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
 CHECKPOINTS = ("last.pt", "previous.pt")
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1")
-                if hasattr(signal, name)]                       # Windows has no SIGUSR1
 LOG_EVERY = 10                  # steps from one row of log.csv to the next
 KNN_LIMIT = 10_000              # images of a split that kNN looks at during training
 
@@ -202,6 +200,7 @@ def new_encoder(cfg):
         encoder.check_image_size(size)
     if cfg.init:
         encoder.start_from(load_teacher_on_all(cfg.init, cfg.arch))
+        torch.manual_seed(cfg.seed)         # reading has drawn numbers, on the first process alone
     return encoder
 
 
@@ -526,16 +525,21 @@ class RunFolder:
         self.parts["optimizer"].load_state_dict(saved["optimizer"])
         if saved["scaler"]:                                     # empty but for fp16
             self.parts["scaler"].load_state_dict(saved["scaler"])
-        if is_main_process():                                   # a kill may have come before it
-            self.save_encoder(saved["provenance"], saved["used_labels"])
+        if is_main_process():
+            last, encoder = [Path(self.cfg.out, name) for name in ("last.pt", "encoder.pt")]
+            if not encoder.exists() or encoder.stat().st_mtime < last.stat().st_mtime:
+                self.save_encoder(saved["provenance"], saved["used_labels"])    # a kill preceded it
         return saved["step"], saved["seconds"]
 
     def prepare(self):
         """Lock the folder and make it ready; its checkpoint, or None."""
         out = Path(self.cfg.out)
         self.lock = lock_folder(out)
-        for leftover in out.glob("*.tmp"):                      # of a run that was killed
-            leftover.unlink()
+        if (out / "args.json").exists():
+            for leftover in out.glob("*.tmp"):                  # of a run that was killed
+                leftover.unlink()
+        elif (out / "log.csv").exists():
+            raise InputError(f"{out} has a log.csv that is of no run; name another --out")
         saved = read_last(out, self.identity)
         if saved is None:
             save_json(out / "args.json", vars(self.cfg))
@@ -686,7 +690,7 @@ def fit_to_data(cfg, data):
                          "processes, with 2 images each at least")
     if cfg.method == "supervised" and not data.classes:
         raise InputError(f"training with labels needs them, and {cfg.data} has none; use class "
-                         "folders, or --teacher-method moco")
+                         "folders, or moco as --method or --teacher-method")
     if cfg.queue_size > num_images and cfg.method != "supervised" and not cfg.profile:
         print0(f"note: the queue of {cfg.queue_size:,} is cut to the {num_images:,} images")
         cfg.queue_size = num_images
