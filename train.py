@@ -358,7 +358,9 @@ class StopSignal:
         self.number = number
         if not self.in_loop:
             self.end()
-        print0(f"\n{signal.Signals(number).name}: finishing the step, then saving")
+        text = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
+        if is_main_process():
+            os.write(1, text.encode())                          # it may have come amid a print()
 
     def was_asked(self, device, should_log):
         """Whether any process got a signal. Several agree on it only where they log, and so wait

@@ -1,7 +1,9 @@
-# The CIFAR-10 tables of README and RESULTS.md, from an installed checkout:  sh assets/evidence.sh DIR
+# The CIFAR-10 tables of README and RESULTS.md, from an installed checkout:
+#     sh assets/evidence.sh DIR            all of them; `sh assets/evidence.sh DIR images`: only write the images
 # DIR is to hold CIFAR-10 as image files, train/CLASS and val/CLASS; it is made if it is not there (the tables were made
-# from JPEG files, so expect small differences).  Two CPU cores need some three hours (an estimate; it was not run in one go).
-# With a GPU: drop `--subset 10000` and `--precision fp32`, and give the teacher 200 epochs and the students 100, with --small-images.
+# from JPEG files, so expect small differences).  Two CPU cores need some six hours (an estimate; it was not run in one go:
+# the first part ran as two processes with one thread each, side by side).
+# With a GPU: drop `--precision fp32`, and give the teacher 200 epochs and the students 100, with --small-images.
 set -e
 [ -d "$1" ] || { rm -rf "$1.part"; python - "$1.part" <<'END'
 import pathlib, sys
@@ -14,11 +16,35 @@ for split in ("train", "val"):
         image.save(folder / f"{i:05d}.png")
 END
 mv "$1.part" "$1"; }
-run="python train.py --dataset folder --data $1 --image-size 32 --subset 10000 --precision fp32"
-teacher="--teacher runs/evidence/teacher/encoder.pt"
+[ "$2" = images ] && exit
+run="python train.py --dataset folder --data $1 --image-size 32 --precision fp32"
 
-# a teacher without labels; then two students, each by SEED, by MoCo-v2 and with labels
-$run --method moco --arch resnet18 --epochs 60 --eval-every 10 --out runs/evidence/teacher
+# README's table: a teacher without labels; then students by SEED, by MoCo-v2 and with labels; MoCo-v2 with the epochs of
+# teacher and student together
+student="$run --arch mobilenet_v3_large --epochs 8 --eval-every 2"
+teacher="--teacher runs/evidence/teacher/encoder.pt"
+$run --method moco --arch resnet18 --tau-s 0.1 --epochs 24 --eval-every 6 --out runs/evidence/teacher
+$student $teacher --compare --teacher-cache runs/evidence/cache --out runs/evidence/seed
+$run --method moco --arch mobilenet_v3_large --epochs 32 --eval-every 8 --out runs/evidence/moco-32
+
+# two ablations: a queue of 16; a teacher of random weights
+$student $teacher --teacher-cache runs/evidence/cache --queue-size 16 --out runs/evidence/queue-16
+PYTHONPATH=. python - "$1" <<'END'
+import os, sys, torch
+from probe import average_batch_norm, load_data
+from seed import Encoder, save_encoder
+torch.manual_seed(0)
+data = load_data("folder", sys.argv[1], 32)
+encoder = average_batch_norm(Encoder("resnet18", image_size=32), data.train)
+os.makedirs("runs/evidence/random", exist_ok=True)
+save_encoder("runs/evidence/random/encoder.pt", encoder, "random weights", used_labels=False)
+END
+$student --teacher runs/evidence/random/encoder.pt --out runs/evidence/random-teacher
+
+# RESULTS.md's tables of 10,000 images (the rows of the untrained networks: probe.py random:ARCH)
+run="$run --subset 10000"
+teacher="--teacher runs/evidence/teacher-10000/encoder.pt"
+$run --method moco --arch resnet18 --epochs 60 --eval-every 10 --out runs/evidence/teacher-10000
 $run $teacher --arch mobilenet_v3_large --epochs 20 --compare --eval-every 4 --out runs/evidence/mobilenet_v3_large
 $run $teacher --arch efficientnet_b0 --epochs 10 --compare --eval-every 5 --out runs/evidence/efficientnet_b0
 
