@@ -12,12 +12,14 @@ rate on a part of the *training* images that it holds out. The test images choos
 Letters in shapes as in seed.py; and N, M images of a split, V views of an image.
 """
 import argparse
+import atexit
 import copy
 import errno
 import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -185,9 +187,10 @@ def find_images(name, root):
                          f"{', '.join(sorted(ENDINGS))})")
     folders = class_folders(files, top)
     classes = sorted(set(folders))
-    if len(classes) > 1 and {folder.lower() for folder in classes} <= SPLIT_NAMES:
-        raise InputError(f"{top} holds {' and '.join(classes)}, which are no classes; name them "
-                         "train and val")
+    words = {folder.lower().rstrip("0123456789") for folder in classes}     # as COCO's train2017
+    if classes and words <= SPLIT_NAMES:
+        raise InputError(f"{top} holds {' and '.join(classes)}, which are no classes; have train "
+                         "and val right below --data")
     if len(classes) < 2 or "" in classes:                       # one class is no label
         classes = []
     train = Split(files=files, labels=number_labels(folders, classes))
@@ -196,7 +199,7 @@ def find_images(name, root):
     if has_train and val:
         test_files, more_notes = list_files(val)
         if not test_files:
-            raise InputError(f"no image in {val}; remove that folder to have a tenth held out")
+            raise InputError(f"no image in {val}")
         test_folders = class_folders(test_files, val)
         unknown = sorted(set(test_folders) - set(classes) - {""})
         if classes and unknown:
@@ -205,9 +208,9 @@ def find_images(name, root):
             test = Split(files=test_files, labels=number_labels(test_folders, classes))
             return train, test, classes, notes + more_notes
         notes.append(f"{val} has no class folders, so a part of {top} is held out instead")
-    # Hold out a tenth by a hash of the names: the same, too, when other images come or go.
+    # Hold out a tenth by a hash of the names: nearly the same, too, when images come or go.
     names = [os.fsencode(os.path.relpath(file, top)) for file in files]
-    order = np.argsort([hashlib.sha256(name).hexdigest() for name in names])
+    order = np.argsort([hashlib.sha256(name).digest() for name in names])
     held_out = max(1, min(10_000, len(order) // 10))
     return (train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out])),
             classes, notes)
@@ -415,6 +418,15 @@ def leave_group(worker):
         os.setpgrp()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_readers():
+    """After an error Python would ask readers to end, which they ignore, and wait for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # PyTorch's raises an error
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -766,8 +778,8 @@ def fit_classifier(encoder, data, device, cfg):
         optimizer.step()
         schedule.step()
         if step % steps_per_epoch == 0:
-            if not loss.isfinite():
-                raise FloatingPointError("the loss is not finite; the accuracy would mean nothing")
+            if not layer.weight.isfinite().all():               # the same on every process
+                raise FloatingPointError("a weight is not finite; the accuracy would mean nothing")
             print0(f"  epoch {step // steps_per_epoch}/{cfg.epochs}  loss {loss.item():.3f}")
     if is_trained:
         encoder = average_batch_norm(encoder, data.train, cfg.workers)
@@ -1039,7 +1051,8 @@ REASONS = {                     # what errors of PyTorch's mean, those that are 
 
 def run_command(main):
     """Call `main`; what a user can mend becomes one line and an exit code."""
-    sys.stdout.reconfigure(errors="backslashreplace")           # a file's name may be no text
+    if hasattr(sys.stdout, "reconfigure"):                      # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as e:

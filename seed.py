@@ -360,7 +360,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.splits = splits
 
     def forward(self, x):
-        parts = x.tensor_split(self.splits) if self.training else [x]
+        splits = min(self.splits, max(1, len(x) // 2))                  # two images a part
+        parts = x.tensor_split(splits) if self.training else [x]
         return torch.cat([nn.BatchNorm2d.forward(self, part) for part in parts])
 
 

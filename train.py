@@ -9,6 +9,7 @@ A run leaves a folder: encoder.pt (what you take away), last.pt (the same comman
 it) and previous.pt (the one before), log.csv, args.json, results.json, views.png, neighbors.png.
 """
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -360,7 +361,8 @@ class StopSignal:
             self.end()
         text = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
         if is_main_process():
-            os.write(1, text.encode())                          # it may have come amid a print()
+            with contextlib.suppress(OSError):                  # not print(): it may come amid one
+                os.write(1, text.encode())
 
     def was_asked(self, device, should_log):
         """Whether any process got a signal. Several agree on it only where they log, and so wait
@@ -454,6 +456,8 @@ def read_last(out, identity):
         if broken or Path(out, "encoder.pt").exists():
             raise InputError(f"{broken}{out} has no checkpoint to resume from; name another --out "
                              f"(--init {out}/encoder.pt starts from its weights), or delete it")
+        if Path(out, "log.csv").exists() and not Path(out, "args.json").exists():
+            raise InputError(f"{out} has a log.csv that is of no run; name another --out")
         return None
     if not isinstance(saved.get("identity"), dict):             # also the first version's
         raise InputError(f"{path} is not a run's checkpoint; name another --out, or delete it")
@@ -465,6 +469,14 @@ def read_last(out, identity):
         raise InputError(f"{out} holds a run with other settings ({other}); name another --out"
                          f"{hint}")
     return dict(saved, file=name, note=f"{broken}resuming at step {saved['step']}, from {name}")
+
+
+def provenance_of(out):
+    """How encoder.pt in the folder says that it was made; None if it is missing or damaged."""
+    try:
+        return read_checkpoint(Path(out, "encoder.pt")).get("provenance")
+    except InputError:
+        return None
 
 
 def has_checkpoint(out):
@@ -527,22 +539,18 @@ class RunFolder:
         self.parts["optimizer"].load_state_dict(saved["optimizer"])
         if saved["scaler"]:                                     # empty but for fp16
             self.parts["scaler"].load_state_dict(saved["scaler"])
-        if is_main_process():
-            last, encoder = [Path(self.cfg.out, name) for name in ("last.pt", "encoder.pt")]
-            if not encoder.exists() or encoder.stat().st_mtime < last.stat().st_mtime:
-                self.save_encoder(saved["provenance"], saved["used_labels"])    # a kill preceded it
+        if is_main_process() and provenance_of(self.cfg.out) != saved["provenance"]:
+            self.save_encoder(saved["provenance"], saved["used_labels"])    # a kill preceded it
         return saved["step"], saved["seconds"]
 
     def prepare(self):
         """Lock the folder and make it ready; its checkpoint, or None."""
         out = Path(self.cfg.out)
         self.lock = lock_folder(out)
+        saved = read_last(out, self.identity)
         if (out / "args.json").exists():
             for leftover in out.glob("*.tmp"):                  # of a run that was killed
                 leftover.unlink()
-        elif (out / "log.csv").exists():
-            raise InputError(f"{out} has a log.csv that is of no run; name another --out")
-        saved = read_last(out, self.identity)
         if saved is None:
             save_json(out / "args.json", vars(self.cfg))
             (out / "log.csv").write_text("")
