@@ -5268,17 +5268,16 @@ def kill_all(process, number=signal.SIGKILL):
 
 
 @slow
-@pytest.mark.parametrize("number", train.STOP_SIGNALS)
-def test_a_signal_to_all_processes_does_not_cost_the_last_minutes(tmp_path, number):
+def test_a_signal_to_all_processes_does_not_cost_the_last_minutes(tmp_path):
     """Slurm signals the readers of images, too; a run without them could not finish its step."""
     gray_images(tmp_path / "images", 120)
     flags = "--method supervised --image-size 72 --workers 2 --batch-size 2 --save-minutes 99"
     process = start(sys.executable, HERE / "train.py", *SHORT_RUN, *flags.split(), "--out", "run",
                     cwd=tmp_path)
     wait_for_rows(tmp_path / "run", 3, process)
-    out = kill_all(process, number)
-    assert process.returncode == 128 + number
-    assert f"ended by {signal.Signals(number).name}; the same command goes on" in out
+    out = kill_all(process, signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "ended by SIGTERM; the same command goes on" in out
     assert last_checkpoint(tmp_path / "run")["step"] % 54 != 0, "not the save after an epoch"
 
 
