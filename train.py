@@ -361,7 +361,7 @@ class StopSignal:
             self.end()
         text = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
         if is_main_process():
-            with contextlib.suppress(OSError):                  # not print(): it may come amid one
+            with contextlib.suppress(OSError):      # no print(): the signal may interrupt one
                 os.write(1, text.encode())
 
     def was_asked(self, device, should_log):
@@ -540,7 +540,7 @@ class RunFolder:
         if saved["scaler"]:                                     # empty but for fp16
             self.parts["scaler"].load_state_dict(saved["scaler"])
         if is_main_process() and provenance_of(self.cfg.out) != saved["provenance"]:
-            self.save_encoder(saved["provenance"], saved["used_labels"])    # a kill preceded it
+            self.save_encoder(saved["provenance"], saved["used_labels"])    # killed before it was
         return saved["step"], saved["seconds"]
 
     def prepare(self):
