@@ -1,346 +1,271 @@
-"""Train a small network by SEED; or by MoCo-v2 or with labels, to compare.
+"""Train a small network by SEED, or by MoCo-v2 or with labels for comparison.
 
     python train.py --arch mobilenet_v3_large                        # built-in shapes, any laptop
-    torchrun train.py --dataset cifar10 --arch mobilenet_v3_large    # makes a MoCo-v2 teacher first
+    torchrun train.py --dataset cifar10 --arch mobilenet_v3_large    # trains a MoCo-v2 teacher first
     torchrun --nproc_per_node=8 train.py --dataset imagenet --data /imagenet \\
         --arch mobilenet_v3_large --teacher moco_v2_800ep_pretrain.pth.tar      # eight GPUs
 
-A run leaves a folder: encoder.pt (what you take away), last.pt (the same command again resumes from
-it) and previous.pt (the one before), log.csv, args.json, results.json, views.png, neighbors.png.
+A run leaves a folder: encoder.pt (the result), last.pt (from which the same command resumes),
+log.csv, args.json (what makes this run), results.json, views.png and neighbors.png.
 """
 import argparse
 import contextlib
+import copy
 import csv
 import hashlib
 import json
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import tempfile
-import textwrap
+import threading
 import time
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.autograd import DeviceType
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from probe import (DATASETS, SMALL, STOP_SIGNALS, Parser, average_batch_norm, batches,
-                   check_ranges, default_workers, distribute, evaluate, from_main_process,
-                   init_distributed, is_main_process, label_use, load_data_on_all,
-                   load_teacher_on_all, main_process_first, make_folder, print0, print_table,
-                   refuse_among_data, run_command, save_json, save_views)
-from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, Supervised, describe,
-                  rank_and_world_size, read_checkpoint, replace_file, save_encoder, save_file)
+from probe import (SMALL, STOP_SIGNALS, Parser, accuracy, add_data_flags, any_labels,
+                   average_batch_norm, describe, evaluate, expanded, extract_features, first_line,
+                   is_main_process, label_fraction, label_use, load_data, load_teacher, make_folder,
+                   number, pick_device, print0, read_checkpoint, read_images, refuse_among_data,
+                   run_command, save_encoder, save_file, save_json, save_neighbors, save_views)
+from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, SmallCropSEED, Supervised, augment,
+                  rank_and_world_size, uniforms)
 
-METHOD_NAMES = dict(seed="SEED", moco="MoCo-v2", supervised="supervision")
-CHECKPOINTS = ("last.pt", "previous.pt")
-LOG_EVERY = 10                  # steps from one row of log.csv to the next
-KNN_LIMIT = 10_000              # images of a split that kNN looks at during training
+METHODS = dict(seed="SEED", moco="MoCo-v2", supervised="supervision", linear="the linear probe",
+               finetune="fine-tuning")
+LOG_EVERY = 10                  # steps per row of log.csv
+KNN_LIMIT = 10_000              # images per split for kNN during training
+TABLE_LIMIT = 50_000            # images per split for the final table
 
-# ------------------------------------------------------------------------------- recipes and flags
-# PAPER holds for images above 64 px (ImageNet, folders); RECIPES change it for a data set,
-# METHOD_CHANGES for a method on it; flags override all. `lr` is for a batch of 256.
-PAPER = dict(
-    image_size=224, small_images=False, crop_scale=(0.2, 1.0), blur=True, dim=128, hidden_dim=None,
-    epochs=200, warmup_epochs=5, batch_size=256, lr=0.03, weight_decay=1e-4, queue_size=65536,
-    tau_s=0.2, tau_t=0.01, key_momentum=0.999, eval_every=10, teacher_arch="resnet50",
-    teacher_method="moco", teacher_epochs=200, view_epochs=None, symmetric=False, small_crops=0,
-    small_size=96, small_scale=(0.05, 0.14))
-SWAV = dict(crop_scale=(0.14, 1.0), small_crops=6)      # with such a teacher, above 64 px
-TO_64_PX = dict(
-    image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, lr=0.1, queue_size=2048,
-    eval_every=5, teacher_arch="resnet18", teacher_epochs=12,
-    small_size=24, small_scale=(0.2, 0.5))              # at 16 px all crops are alike to a teacher
+# ----------------------------------------------------------------------------------- 1. settings
+# The defaults. Each row changes the rows above it, for its kind of data set and its method. Flags
+# change all of them. "small" are shapes, CIFAR, and folders at up to 64 px. `lr` is for batch 256.
 RECIPES = {
-    "shapes": dict(TO_64_PX, crop_scale=(0.4, 1.0), batch_size=64, epochs=6, teacher_epochs=5,
-                   teacher_method="supervised"),                # smaller crops hide the outline
-    "cifar": dict(TO_64_PX, small_images=True, epochs=200, warmup_epochs=5, batch_size=256,
-                  queue_size=4096, eval_every=20, teacher_epochs=200),
-    "folder, to 64 px": TO_64_PX,
-    "imagenet, folder": {},
-}
-METHOD_CHANGES = {
-    ("shapes", "seed"): dict(lr=0.4, tau_t=0.05),
-    ("shapes", "moco"): dict(lr=0.06, queue_size=256, key_momentum=0.99),
-    ("cifar", "seed"): dict(lr=0.2),
-    ("cifar", "moco"): dict(lr=0.03, weight_decay=5e-4, key_momentum=0.99, tau_s=0.1),
+    ("any", "any"): dict(           # the authors' settings on ImageNet
+        arch="mobilenet_v3_large", image_size=224, small_images=False, crop_scale=(0.2, 1.0),
+        blur=True, color=True, dim=128, hidden_dim=None, epochs=200, warmup_epochs=5,
+        schedule="cosine", batch_size=256, lr=0.03, backbone_factor=1.0, weight_decay=1e-4,
+        queue_size=65536, tau_s=0.2, tau_t=0.01, key_momentum=0.999, eval_every=10, small_crops=0,
+        small_size=96, small_scale=(0.05, 0.14), view_epochs=None, teacher_arch="resnet50",
+        teacher_method="moco", teacher_epochs=200),
+    ("small", "any"): dict(
+        image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, lr=0.1,
+        queue_size=2048, eval_every=5, teacher_arch="resnet18", teacher_epochs=12,
+        small_size=24, small_scale=(0.2, 0.5)),     # to a teacher, all crops of 16 px look alike
+    ("small", "seed"): dict(tau_t=0.05),
+    ("small", "moco"): dict(lr=0.06, key_momentum=0.99),
+    ("shapes", "any"): dict(
+        crop_scale=(0.4, 1.0), batch_size=64, epochs=6, teacher_epochs=5,
+        teacher_method="supervised"),               # smaller crops would hide the outline
+    ("shapes", "seed"): dict(lr=0.4),
+    ("shapes", "moco"): dict(queue_size=256),
+    ("cifar", "any"): dict(
+        small_images=True, epochs=200, warmup_epochs=5, batch_size=256, queue_size=4096,
+        eval_every=20, teacher_epochs=200),
+    ("cifar", "seed"): dict(lr=0.2, tau_t=0.01),
+    ("cifar", "moco"): dict(lr=0.03, weight_decay=5e-4, tau_s=0.1),
     ("cifar", "supervised"): dict(weight_decay=5e-4),
-    ("folder, to 64 px", "seed"): dict(tau_t=0.05),
-    ("folder, to 64 px", "moco"): dict(lr=0.06, key_momentum=0.99),
+    ("any", "linear"): dict(        # the authors' linear probe
+        crop_scale=(0.08, 1.0), blur=False, color=False, epochs=100, warmup_epochs=0,
+        schedule="steps", batch_size=256, lr=30.0, weight_decay=0.0),
+    ("any", "finetune"): dict(      # ours; without --init, the backbone's factor is 1
+        crop_scale=(0.08, 1.0), blur=False, color=False, epochs=60, warmup_epochs=0,
+        schedule="steps", batch_size=256, lr=0.1, backbone_factor=0.1, weight_decay=1e-4),
 }
-NOT_INHERITED = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim",
-                 "view_epochs", "symmetric", "small_crops", "small_size")    # of --method alone
-MAY_CHANGE_ON_RESUME = ("workers", "device", "data", "out", "teacher", "eval_every", "max_steps",
-                        "compare", "compile", "teacher_cache", "profile", "precision",
-                        "save_minutes")
+SWAV = dict(crop_scale=(0.14, 1.0), small_crops=6)      # for a teacher of its kind, above 64 px
+NOT_INHERITED = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim", "init",
+                 "view_epochs", "small_crops", "small_size")        # flags of --method only
+MAY_CHANGE = ("workers", "device", "data", "out", "teacher", "init", "eval_every", "max_steps",
+              "compare", "compile", "teacher_cache", "profile", "precision", "save_minutes")
 
 
-def recipe_of(dataset, image_size):
-    """The name of the recipe for a data set."""
-    if dataset == "shapes":
-        return "shapes"
-    if dataset.startswith("cifar"):
-        return "cifar"
-    if dataset == "folder" and image_size and image_size <= SMALL:
-        return "folder, to 64 px"
-    return "imagenet, folder"
-
-
-def defaults(recipe, method):
-    """The settings of a method on a data set, before any flag."""
-    return {**PAPER, **RECIPES[recipe], **METHOD_CHANGES.get((recipe, method), {})}
+def defaults(dataset, image_size, method):
+    """Return the settings of a method on a data set, before any flag."""
+    kinds = {"any", dataset.rstrip("0123456789")}               # "cifar10" is of the kind "cifar"
+    if dataset not in ("folder", "imagenet") or (dataset == "folder" and image_size <= SMALL):
+        kinds.add("small")
+    settings = {}
+    for (kind, name), changes in RECIPES.items():
+        if kind in kinds and name in ("any", method):
+            settings.update(changes)
+    return settings
 
 
 def parse_args(argv=None):
-    """The flags as given; None where the recipe decides."""
-    parser = Parser(description=__doc__, epilog=recipe_table())
+    """Return the flags as given; None where the recipe decides."""
+    parser = Parser(description=__doc__, epilog="Defaults: RECIPES in train.py; each run prints "
+                    "its settings and writes them to args.json.")
     add_experiment_flags(parser)
     add_run_flags(parser)
     return parser.parse_args(argv)
 
 
 def add_experiment_flags(parser):
-    """Networks, teacher and data."""
+    """Add the flags for networks, teacher and data."""
     flag = parser.add_argument_group("what to train").add_argument
-    flag("--method", choices=tuple(METHOD_NAMES), default="seed",
-         help="seed distils; moco is the baseline and makes teachers; supervised uses the labels")
-    flag("--arch", default="mobilenet_v3_large", help="a torchvision classification network")
-    flag("--dim", type=int, help="width of the embedding; a student takes its teacher's")
-    flag("--hidden-dim", type=int, help="hidden width of the head; 0: none; default: the features'")
-    flag("--small-images", action=argparse.BooleanOptionalAction,
-         help="full resolution in the first layers, for 32-64 px: better and far slower; use a GPU")
-    flag("--init", metavar="FILE", help="weights to start from, such as an encoder.pt")
+    flag("--method", choices=tuple(METHODS), default="seed", help="moco is the baseline, and trains "
+         "teachers; supervised uses labels; linear and finetune evaluate --init with labels")
+    flag("--arch", help="a torchvision classification network")
+    flag("--dim", type=number(int, 1, 2**16), help="of the embedding; a student has its teacher's")
+    flag("--hidden-dim", type=number(int, 0, 2**16), help="width of the head's hidden layer; 0: no "
+         "such layer; if not given, that of the features")
+    flag("--init", type=expanded, metavar="FILE", help="weights to start from, like an encoder.pt")
     flag = parser.add_argument_group("the teacher").add_argument
-    flag("--teacher", metavar="PATH_OR_URL", help="a checkpoint, or hub:REPO:ENTRY of torch.hub, "
-         "which runs its code; without one, a teacher is trained first")
-    flag("--teacher-arch", help="its network, where the file does not say; or the one to train")
+    flag("--teacher", type=expanded, metavar="PATH_OR_URL", help="a checkpoint, or hub:REPO:ENTRY "
+         "of torch.hub, which runs its code; if not given, a teacher is trained first")
+    flag("--teacher-arch", help="its network, if the file does not name it; or the one to train")
+    flag("--teacher-prefix", help="of its keys, if the file has several networks")
+    flag("--teacher-mean", type=float, nargs=3, metavar="M", help="of its pixels, if not "
+         "ImageNet's; SimCLR: 0 0 0")
+    flag("--teacher-std", type=float, nargs=3, metavar="S", help="likewise; SimCLR: 1 1 1")
     flag("--teacher-method", choices=("moco", "supervised"), help="how to train it")
-    flag("--teacher-epochs", type=int, help="how long; a better teacher makes a better student")
-    flag("--teacher-cache", metavar="DIR", help="keep its embeddings, for the next student")
-    flag("--view-epochs", type=int, metavar="E", help="repeat the views of E epochs: a small cache")
+    flag("--teacher-epochs", type=number(int, 1, 1e6), help="a better teacher makes a better student")
+    flag("--teacher-cache", type=expanded, metavar="DIR", help="keep its embeddings for the next "
+         "student")
+    flag("--view-epochs", type=number(int, 1, 1e6), metavar="E", help="repeat the views of E "
+         "epochs, for a small cache")
     flag = parser.add_argument_group("the data").add_argument
-    flag("--dataset", choices=DATASETS, default="shapes", help="shapes: drawn; folder: any images")
-    flag("--data", default="data", metavar="DIR", help="where the images are; CIFAR is downloaded")
-    flag("--image-size", type=int, help=f"side of a view; up to {SMALL} px, data stay in memory")
-    flag("--small-crops", type=int, metavar="N", help="also N views of small parts; the paper: 6")
-    flag("--small-size", type=int, help="their side")
-    flag("--symmetric", action=argparse.BooleanOptionalAction,
-         help="two views: the student's of one learns from the teacher's of the other")
-    flag("--subset", type=int, metavar="N", help="train on N images, chosen by the seed")
-    flag("--workers", type=int, help="processes that read from disk; raise it if the run waits")
+    add_data_flags(flag)
+    flag("--image-size", type=number(int, 8, 4096), help=f"side of a view; up to {SMALL} px, the "
+         "images stay in memory")
+    flag("--small-crops", type=number(int, 0, 64), metavar="N", help="also N views of small parts; "
+         "the authors' code: 6")
+    flag("--small-size", type=number(int, 8, 4096), help="side of a small crop")
 
 
 def add_run_flags(parser):
-    """How to train, and how to run."""
+    """Add the flags for the optimization and the run."""
     flag = parser.add_argument_group("the optimization").add_argument
-    flag("--epochs", type=int, help="passes over the data; small networks gain from more")
-    flag("--max-steps", type=int, help="end each stage after so many; the schedule stays the same")
-    flag("--batch-size", type=int, help="images a step, over all processes")
-    flag("--lr", type=float, help="learning rate for a batch of 256; scaled by batch/256")
-    flag("--weight-decay", type=float, help="on all weights, as in the authors' code")
-    flag("--warmup-epochs", type=float, help="of linear warm-up; raise it if the loss explodes")
-    flag("--queue-size", type=int, metavar="K", help="about 5%% of the data does; at most all")
-    flag("--tau-s", type=float, help="the student's temperature, and MoCo's")
-    flag("--tau-t", type=float, help="the teacher's; higher: neighbors count more")
-    flag("--seed", type=int, default=0, help="of weights, views, order and subset")
+    flag("--epochs", type=number(int, 1, 1e6), help="small networks gain from more")
+    flag("--max-steps", type=number(int, 1, 1e12), help="end each stage early; the learning rate "
+         "does not change")
+    flag("--batch-size", type=number(int, 2, 1e6), help="images per step, over all processes")
+    flag("--lr", type=number(float, 1e-9, 1e3), help="for a batch of 256; scaled by batch/256")
+    flag("--weight-decay", type=number(float, 0, 10), help="of all weights, as in the authors' code")
+    flag("--warmup-epochs", type=number(float, 0, 1e6), help="raise it if the loss explodes")
+    flag("--queue-size", type=number(int, 1, 1e7), metavar="K", help="about 5%% of the images")
+    flag("--tau-s", type=number(float, 1e-6, 1e3), help="the student's temperature, and MoCo's")
+    flag("--tau-t", type=number(float, 1e-6, 1e3), help="the teacher's; higher: similar images "
+         "count more")
     flag = parser.add_argument_group("the run").add_argument
-    flag("--out", metavar="DIR", help="its folder; default: runs/DATASET-METHOD-ARCH")
+    flag("--out", type=expanded, metavar="DIR", help="its folder; if not given, "
+         "runs/DATASET-METHOD-ARCH")
     flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-         help="of the networks; auto: bf16 or fp16 on CUDA, else fp32 (a teacher may be bf16)")
+         help="of the networks (%(default)s: bf16 or fp16 on CUDA, otherwise fp32)")
     flag("--compile", action="store_true", help="torch.compile the networks; pays in long runs")
-    flag("--device", default="auto", help="auto, cpu, cuda or mps")
-    flag("--save-minutes", type=float, default=10.0, metavar="M", help="from one save to the next; "
-         "and at the end of each epoch, and at SIGTERM, SIGINT, SIGUSR1")
-    flag("--eval-every", type=int, help="epochs from one kNN evaluation to the next; 0: none")
-    flag("--compare", action="store_true", help="also train it by MoCo-v2 and with labels")
-    flag("--profile", action="store_true", help="only time some steps, in parts")
-
-
-def recipe_table():
-    """The defaults that depend on the data set, as text."""
-    lines = ["defaults by data set, for --method seed:",
-             f"  {'':16s}" + "".join(f"{name:>18s}" for name in RECIPES)]
-    for key in PAPER:
-        values = [str(defaults(recipe, "seed")[key]) for recipe in RECIPES]
-        lines.append(f"  {key:16s}" + "".join(f"{value:>18s}" for value in values))
-    return "\n".join(lines)
+    flag("--save-minutes", type=number(float, 0, 1e6), default=10.0, metavar="M", help="time "
+         "between saves (%(default)s); a run also saves after each epoch and on a signal")
+    flag("--eval-every", type=number(int, 0, 1e6), help="epochs between evaluations; 0: none")
+    flag("--compare", action="store_true", help="also train by MoCo-v2 and with labels")
+    flag("--profile", action="store_true", help="only time some steps, part by part")
 
 
 def make_config(args, method, **changes):
-    """All settings of one stage: the defaults, the flags, `changes`."""
+    """Return all settings of one stage: the defaults, then the flags, then `changes`."""
     given = {key: value for key, value in vars(args).items()
              if value is not None and (method == args.method or key not in NOT_INHERITED)}
-    recipe = recipe_of(args.dataset, args.image_size)           # below, the later ones win
-    cfg = argparse.Namespace(**{**vars(args), **defaults(recipe, method), **given,
-                                "method": method, **changes})
-    check_ranges(cfg)
-    if args.method != "seed":
-        names = ("teacher", "teacher_cache", "small_crops", "symmetric")
-        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
-        if given:
-            raise InputError(f"only for --method seed: {', '.join(given)}")
+    settings = {**vars(args), **defaults(args.dataset, args.image_size or 224, method), **given}
+    cfg = argparse.Namespace(**{**settings, "method": method, **changes})
+    wrong = [name for name in ("teacher", "teacher_cache", "small_crops") if getattr(args, name)]
+    if args.method != "seed" and wrong:
+        raise InputError(f"--{wrong[0].replace('_', '-')} is only for --method seed")
+    if method == "linear" and not args.init:
+        raise InputError("--method linear evaluates an encoder; name its file with --init")
+    if method == "finetune" and not args.init:
+        cfg.backbone_factor = 1.0
     cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 2)
     cfg.out = cfg.out or f"runs/{cfg.dataset}-{cfg.method}-{cfg.arch}"
-    if cfg.workers is None:
-        cfg.workers = default_workers()
     return cfg
 
 
-# ---------------------------------------------------------------------------------------- the loop
-def new_encoder(cfg):
-    """The network as it starts."""
-    torch.manual_seed(cfg.seed)
-    encoder = Encoder(cfg.arch, cfg.dim, cfg.hidden_dim, cfg.small_images, cfg.image_size)
-    for size, _ in reversed(view_plan(cfg)):                    # the large one is remembered
-        encoder.check_image_size(size)
-    if cfg.init:
-        encoder.start_from(load_teacher_on_all(cfg.init, cfg.arch))
-        torch.manual_seed(cfg.seed)         # reading has drawn numbers, on the first process alone
-    return encoder
-
-
-def view_plan(cfg):
-    """Side and crop scale of each view of an image."""
-    large = 2 if cfg.method == "moco" or cfg.symmetric else 1
-    small = [(cfg.small_size, cfg.small_scale)] * cfg.small_crops
-    return [(cfg.image_size, cfg.crop_scale)] * large + small
-
-
-def build(cfg, data, device, teacher=None):
-    """The network to train, and the method around it, on the device; the same on every process."""
-    encoder = new_encoder(cfg)
-    if cfg.method == "seed":
-        method = SEED(encoder, teacher, cfg.queue_size, cfg.tau_s, cfg.tau_t, cfg.symmetric,
-                      cfg.small_crops)
-    elif cfg.method == "moco":
-        per_process = cfg.batch_size // rank_and_world_size()[1]
-        bn_splits = max(1, min(8, per_process // 32))           # parts of about 32 images
-        method = MoCo(encoder, cfg.queue_size, cfg.key_momentum, cfg.tau_s, bn_splits)
-    else:
-        method = Supervised(encoder, len(data.classes))
-    return encoder, method.to(device, memory_format=torch.channels_last).train()
-
-
-def compile_and_distribute(method, cfg):
-    """The method as the loop calls it: compiled if asked for, gradients averaged over processes."""
-    for network in method.children():
-        if cfg.compile and not isinstance(network, FeatureQueue):
-            network.compile()
-    return distribute(method)
-
-
-def network_dtype(cfg, device, frozen=False):
-    """The dtype that networks compute in. On a CPU with bf16 units (AMX) a frozen network is twice
-    as fast in bf16, unless its images are tiny; a network in training is slower."""
-    if cfg.precision != "auto":
-        return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.precision]
+# ---------------------------------------------------------------------------------- 2. processes
+def init_distributed(device_name):
+    """Join torchrun's process group, if there is one. Return the device of this process."""
+    found = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+    if len(found) in (1, 2):
+        raise InputError(f"of torchrun's variables, only {' and '.join(found)} is set; use torchrun "
+                         "for several processes, or unset it")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name)
+    if world_size > 1 and device.type == "mps":
+        raise InputError("several processes need NVIDIA GPUs or --device cpu")
     if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float16
-    has_units = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
-    large = cfg.image_size > 32 or cfg.small_images
-    return torch.bfloat16 if frozen and has_units and large else torch.float32
+        gpus = torch.cuda.device_count()
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= gpus:
+            raise InputError(f"there are only {gpus} GPUs; lower --nproc_per_node")
+        if world_size == 1 and gpus > 1:
+            print(f"note: {gpus - 1} GPUs are idle; torchrun --nproc_per_node={gpus} uses them")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True                   # choose the fastest convolutions
+    if world_size > 1:
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2),
+                                device_id=gpu)
+    return device
 
 
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+@contextlib.contextmanager
+def first_of_node():
+    """Run the block first in one process of each node. The others then find the files that it
+    downloaded or wrote."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not is_first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and is_first:
+            dist.barrier()
 
 
-def lr_at(step, cfg, steps_per_epoch):
-    """Learning rate: linear warm-up, then half a cosine down to 0; scaled with the batch size."""
-    warmup = cfg.warmup_epochs * steps_per_epoch
-    total = cfg.epochs * steps_per_epoch
-    peak = cfg.lr * cfg.batch_size / 256
-    if step < warmup:
-        return peak * min(1, (step + 1) / warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+def from_main_process(function, *args):
+    """Call a function only in the main process. Return its result, or raise its InputError, in all
+    processes: a run's folder may exist only on the first node."""
+    found = [None, None]
+    if is_main_process():
+        try:
+            found[0] = function(*args)
+        except InputError as e:
+            found[1] = e
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[1]:
+        raise found[1]
+    return found[0]
 
 
-def train(cfg, data, device, teacher=None):
-    """Train one network by `cfg.method`, from where its folder was left; returns the seconds."""
-    encoder, method = build(cfg, data, device, teacher)
-    parameters = [p for p in method.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
-    dtype = network_dtype(cfg, device)
-    target_dtype = network_dtype(cfg, device, frozen=cfg.method == "seed")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    folder = RunFolder(cfg, data, encoder, method, optimizer, scaler, teacher)
-    first_step, seconds = folder.open()
-    steps_per_epoch = len(data.train) // cfg.batch_size
-    last_step = min(cfg.epochs * steps_per_epoch, cfg.max_steps or math.inf)
-    if first_step >= last_step:
-        print0(f"finished before, after {first_step} steps; delete {cfg.out} to train anew")
-        return seconds
-    cache = TeacherCache(cfg, data, method, target_dtype) if teacher and cfg.teacher_cache else None
-    model = compile_and_distribute(method, cfg)
-    clock = Clock(seconds)
-    steps = range(first_step, last_step)                        # of all epochs that are left
-    STOP.in_loop = True
-    for step, batch in zip(steps, batches(data.train, cfg, device, view_plan(cfg), steps)):
-        lr = lr_at(step, cfg, steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        seed_step(cfg, step)
-        with record_function("teacher"), autocast(device, target_dtype):
-            targets = cache.targets(batch) if cache else method.targets(batch.views, batch.labels)
-        with record_function("student"), autocast(device, dtype):
-            outputs = model(batch.views)
-        with record_function("loss"):
-            loss = method.loss(outputs, targets)
-        with record_function("backward"):
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-        with record_function("update"):
-            scaler.step(optimizer)
-            scaler.update()
-
-        clock.count(batch)
-        steps_done = step + 1
-        ends_epoch = steps_done % steps_per_epoch == 0 or steps_done == last_step
-        should_log = ends_epoch or steps_done % LOG_EVERY == 0
-        stop = STOP.was_asked(device, should_log)               # the same on every process
-        if should_log or stop:                                  # with the queue that the loss saw
-            row = dict(step=steps_done, epoch=steps_done / steps_per_epoch, lr=lr)
-            row.update(mean_of_ranks({"loss": loss, **method.diagnostics(outputs, targets)}))
-            folder.check(row)
-        method.after_step(targets)                              # only now the queue moves on
-        if (should_log or stop) and is_main_process():
-            row.update(clock.lap(cfg.batch_size))
-            row["knn"] = knn_if_due(row["epoch"], encoder, data, cfg, device)
-            if should_log:
-                folder.write_row(row, last_step)
-            if ends_epoch or stop or folder.save_is_due():
-                folder.save(steps_done, row["epoch"], clock.seconds)
-            clock.start()
-        if stop:
-            STOP.end()
-    STOP.leave_loop()
-    return clock.seconds
+def load_teacher_on_all(path, *args):
+    """Call `load_teacher` for all processes. A file needs to exist only on the first node."""
+    if path.startswith("hub:"):                                 # each process imports its code
+        with first_of_node():
+            return load_teacher(path, *args)
+    return from_main_process(load_teacher, path, *args)
 
 
-def seed_step(cfg, step):
-    """Seed what a step draws (dropout, MoCo's shuffle), so that a resumed run draws the same."""
-    rank, world_size = rank_and_world_size()
-    torch.manual_seed(((cfg.seed * 2**32 + step) * world_size + rank) % 2**63)
-
-
-def knn_if_due(epoch, encoder, data, cfg, device):
-    """kNN accuracy in percent after each --eval-every epochs; else None."""
-    if not data.has_labels or not cfg.eval_every or epoch % cfg.eval_every:
-        return None
-    encoder = average_batch_norm(encoder, data.train, cfg.workers)
-    scores, _ = evaluate(encoder, data, device, cfg.workers, KNN_LIMIT, linear=False)
-    return scores["knn"]
+def load_data_on_all(*args):
+    """Call `load_data` in all processes. Raise InputError if two nodes have different images."""
+    with first_of_node():
+        data = load_data(*args)
+    if data.fingerprint != from_main_process(getattr, data, "fingerprint"):
+        raise InputError(f"the images on {platform.node()} differ from those on the first node")
+    return data
 
 
 def mean_of_ranks(values):
-    """A dict of scalar tensors -> of floats, averaged over processes; waits for the device."""
+    """Return a dict of scalar tensors as floats, averaged over processes. Waits for the device."""
     means = torch.stack([value.detach().float() for value in values.values()])
     if dist.is_initialized():
         dist.all_reduce(means)
@@ -348,154 +273,295 @@ def mean_of_ranks(values):
     return dict(zip(values, means.tolist()))
 
 
-class StopSignal:
-    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end the command with exit code 128 + their number; in
-    the loop of `train` when the step is finished and saved."""
-    number = 0
-    in_loop = False
+# ------------------------------------------------------------------------------------ 3. batches
+@dataclass
+class Batch:
+    """What one process sees in one step."""
+    step: int
+    epoch: int                  # of the views
+    samples: np.ndarray         # int64 [B], indices of the images
+    views: list                 # float [B, 3, S, S] each, on the device; S may differ
+    labels: torch.Tensor        # int64 [B], or None
+    wait: float                 # seconds until it was ready
 
-    def receive(self, number, frame):
-        """The signal handler."""
-        self.number = number
-        if not self.in_loop:
-            self.end()
+
+def plan(num_images, cfg, steps):
+    """Yield (step, epoch of the views, this process's samples [B]) for each step of a range.
+
+    Process r sees images r, r+R, ... of the global batch, so the batches do not depend on the
+    number of processes. With --view-epochs E, epoch e has the views of epoch e mod E."""
+    rank, world_size = rank_and_world_size()
+    steps_per_epoch = num_images // cfg.batch_size
+    for step in steps:
+        epoch, batch = divmod(step, steps_per_epoch)
+        if batch == 0 or step == steps[0]:
+            order = np.random.default_rng((cfg.seed, epoch)).permutation(num_images)
+        samples = order[batch * cfg.batch_size:(batch + 1) * cfg.batch_size]
+        yield step, epoch % (cfg.view_epochs or cfg.epochs), samples[rank::world_size]
+
+
+def batches(split, cfg, device, views, steps):
+    """Yield a Batch for each step of a range. views: side and crop scale of each view. Everything
+    after the crop is computed on the device, a whole batch at once."""
+    items = ([(epoch, int(sample)) for sample in samples]
+             for _, epoch, samples in plan(len(split), cfg, steps))
+    reader = read_images(split, views, items, device, cfg.workers, cfg.seed)
+    for step, epoch, samples in plan(len(split), cfg, steps):
+        start = time.perf_counter()
+        with record_function("reading"):
+            images = next(reader)
+        augmented = []
+        with record_function("augmentation"):
+            for view, (size, scale) in enumerate(views):
+                u = uniforms(cfg.seed, epoch, samples, view)
+                scale = None if split.pixels is None else scale     # from disk they are crops
+                x = augment(images[view], u, size, scale, cfg.blur, cfg.color)
+                augmented.append(x.contiguous(memory_format=torch.channels_last))
+        labels = split.labels
+        if labels is not None:
+            labels = labels[samples].to(device, non_blocking=True)
+        yield Batch(step, epoch, samples, augmented, labels, time.perf_counter() - start)
+
+
+def view_plan(cfg):
+    """Return the side and crop scale of each view of an image."""
+    large = 2 if cfg.method == "moco" else 1
+    small = [(cfg.small_size, cfg.small_scale)] * cfg.small_crops
+    return [(cfg.image_size, cfg.crop_scale)] * large + small
+
+
+# ----------------------------------------------------------------------------------- 4. the loop
+class Classifier(Supervised):
+    """A linear classifier on an encoder's features: the paper's linear probe if the encoder is
+    frozen, including its batch norm, otherwise fine-tuning."""
+
+    def __init__(self, encoder, classes, frozen):
+        super().__init__(encoder, classes)
+        del self.class_vectors
+        self.frozen = frozen
+        encoder.requires_grad_(not frozen)
+        encoder.head.requires_grad_(False)                      # unused
+        self.classifier = nn.Linear(encoder.feature_dim, classes)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def forward(self, views):
+        return self.classifier(self.encoder.features(views[0])).float()     # [B, C]
+
+
+def new_encoder(cfg, init=None):
+    """Return the network at the start of training."""
+    torch.manual_seed(cfg.seed)
+    if init and cfg.method in ("linear", "finetune"):
+        encoder = copy.deepcopy(init).requires_grad_(True)
+    else:
+        encoder = Encoder(cfg.arch, cfg.dim, cfg.hidden_dim, cfg.small_images, cfg.image_size)
+    encoder.image_size = cfg.image_size
+    for size, _ in view_plan(cfg):
+        encoder.check_image_size(size)
+    if init:
+        try:
+            encoder.backbone.load_state_dict(init.backbone.state_dict())
+        except RuntimeError as e:
+            raise InputError(f"--init {cfg.init} does not fit: {first_line(e)}") from None
+        if str(encoder.head) == str(init.head):                 # the same layers
+            encoder.head.load_state_dict(init.head.state_dict())
+        encoder.provenance = init.provenance
+        encoder.used_labels = init.used_labels
+    return encoder
+
+
+def build(cfg, data, device, teacher=None, init=None):
+    """Return the network to train and its method, on the device. They are equal in all processes."""
+    encoder = new_encoder(cfg, init)
+    shared = (cfg.queue_size, cfg.tau_s, cfg.tau_t)
+    if cfg.method == "seed" and cfg.small_crops:
+        method = SmallCropSEED(encoder, teacher, *shared, cfg.small_crops)
+    elif cfg.method == "seed":
+        method = SEED(encoder, teacher, *shared)
+    elif cfg.method == "moco":
+        method = MoCo(encoder, cfg.queue_size, cfg.key_momentum, cfg.tau_s)
+    elif cfg.method == "supervised":
+        method = Supervised(encoder, len(data.classes))
+    else:
+        method = Classifier(encoder, len(data.classes), frozen=cfg.method == "linear")
+    if cfg.profile:
+        for stage in ("targets", "forward", "loss"):
+            setattr(method, stage, record_function(stage)(getattr(method, stage)))
+    return encoder, method.to(device, memory_format=torch.channels_last).train()
+
+
+def make_optimizer(method, cfg):
+    """Return SGD with two groups, since the learning rate of the backbone may have a factor."""
+    trained = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    backbone = [p for name, p in trained if ".backbone." in name]
+    others = [p for name, p in trained if ".backbone." not in name]
+    groups = [dict(params=others, factor=1.0), dict(params=backbone, factor=cfg.backbone_factor)]
+    return torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
+
+
+def compile_and_distribute(method, cfg):
+    """Return the method as the loop calls it: with --compile compiled, and with several processes
+    averaging its gradients."""
+    for network in method.children():
+        if cfg.compile and not isinstance(network, FeatureQueue):
+            network.compile()
+    if not dist.is_initialized():
+        return method
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)    # of torch 2.14
+    return DistributedDataParallel(method, broadcast_buffers=False)
+
+
+def network_dtype(cfg, device):
+    """Return the dtype in which the networks compute."""
+    if cfg.precision != "auto":
+        return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.precision]
+    if device.type != "cuda":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def lr_at(step, cfg, steps_per_epoch):
+    """Return the learning rate, which is scaled with the batch size. "cosine": a linear warm-up,
+    then half a cosine down to 0; "steps": a tenth after 60% of the steps, and again after 80%."""
+    warmup = cfg.warmup_epochs * steps_per_epoch
+    total = cfg.epochs * steps_per_epoch
+    peak = cfg.lr * cfg.batch_size / 256
+    if cfg.schedule == "steps":
+        milestones = [part for part in (0.6, 0.8) if step >= round(part * total)]
+        return peak * 0.1 ** len(milestones)
+    if step < warmup:
+        return peak * min(1, (step + 1) / warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def train(cfg, data, device, teacher=None, init=None):
+    """Train one network by `cfg.method`, from where its folder stopped. Return the Run."""
+    encoder, method = build(cfg, data, device, teacher, init)
+    optimizer = make_optimizer(method, cfg)
+    dtype = network_dtype(cfg, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run = Run(cfg, data, device, encoder, method, optimizer, scaler, teacher, init)
+    steps = run.open()                                          # those that are left
+    cache = TeacherCache(cfg, data, method, dtype) if teacher and cfg.teacher_cache else None
+    model = compile_and_distribute(method, cfg)
+    with note_signals() as run.signals:
+        for batch in batches(data.train, cfg, device, view_plan(cfg), steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["factor"] * lr_at(batch.step, cfg, run.steps_per_epoch)
+            seed_generators(cfg, batch.step)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                targets = cache.targets(batch) if cache else method.targets(batch.views, batch.labels)
+                outputs = model(batch.views)
+            loss = method.loss(outputs, targets)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            if run.is_logged(batch.step):                       # with the queue that the loss saw
+                run.note(loss, method.diagnostics(outputs, targets))
+            method.after_step(targets)                          # only now the queue moves on
+            run.end_step(batch)
+    return run
+
+
+def seed_generators(cfg, step):
+    """Seed dropout and MoCo's shuffle, so that a resumed run draws the same random numbers."""
+    rank, world_size = rank_and_world_size()
+    torch.manual_seed(((cfg.seed * 2**32 + step) * world_size + rank) % 2**63)
+
+
+@contextlib.contextmanager
+def note_signals():
+    """Yield a list that collects signals, so that the loop can finish its step and save. Before and
+    after the block they have their usual effect, and ignored ones (nohup) are left alone."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
         text = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
-        if is_main_process():
-            with contextlib.suppress(OSError):      # no print(): the signal may interrupt one
-                os.write(1, text.encode())
+        with contextlib.suppress(OSError):                      # it may have interrupted a print()
+            os.write(1, text.encode() if is_main_process() else b"")
 
-    def was_asked(self, device, should_log):
-        """Whether any process got a signal. Several agree on it only where they log, and so wait
-        for each other anyway; a single one looks in each step."""
-        number = self.number                                    # a handler may set it meanwhile
-        if dist.is_initialized():
-            if not should_log:
-                return False
-            shared = torch.tensor(number, device=device)
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
-            number = int(shared)
-        self.number = number or self.number
-        return number > 0
-
-    def leave_loop(self):
-        self.in_loop = False
-        if self.number:                                         # it came after the last look
-            self.end()
-
-    def end(self):
-        if dist.is_initialized() and self.in_loop:
-            dist.barrier()                                      # the main process has to save
-        print0(f"ended by {signal.Signals(self.number).name}; the same command goes on from the "
-               "last checkpoint")
-        sys.exit(128 + self.number)
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():   # others cannot set a handler
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                handlers[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received:                                                # after the last step
+        sys.exit(128 + received[0])
 
 
-STOP = StopSignal()
-
-
-class Clock:
-    """The seconds that training took so far, without evaluating and saving; and its speed."""
-
-    def __init__(self, seconds):
-        self.seconds = seconds
-        self.start()
-
-    def start(self):
-        self.started = time.perf_counter()
-        self.steps = 0
-        self.waited = 0.0
-
-    def count(self, batch):
-        self.steps += 1
-        self.waited += batch.wait
-
-    def lap(self, batch_size):
-        """Speed since the start, and the share of time in which the next batch was not there."""
-        took = time.perf_counter() - self.started
-        self.seconds += took
-        return dict(waiting=self.waited / took, images_per_s=self.steps * batch_size / took)
-
-
-# ------------------------------------------------------------------------------ what stays on disk
-def run_identity(cfg, data):
-    """What makes a run this run and no other: its settings and data."""
-    settings = {key: value for key, value in vars(cfg).items() if key not in MAY_CHANGE_ON_RESUME}
-    if not cfg.small_crops:
-        del settings["small_size"], settings["small_scale"]
-    return {**settings, "data_fingerprint": data.fingerprint}
-
-
-def differences(saved, current):
-    """Where the dict `saved` differs from `current`, in words; "" if nowhere."""
-    keys = [key for key in current if saved.get(key) != current[key]]
-    return "; ".join(f"{key} was {saved.get(key)}, is {current[key]}" for key in keys)
-
-
+# ----------------------------------------------------------------------------------- 5. the folder
 def fingerprint(module):
-    """A hash of all weights and buffers."""
+    """Return a hash of all weights and buffers, or None if there is no module."""
+    if module is None:
+        return None
     digest = hashlib.sha256()
     for value in module.state_dict().values():
         digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
-def read_last(out, identity):
-    """The content of OUT/last.pt; if that is broken, of OUT/previous.pt, the one before; None in a
-    new folder. InputError if it is of another run."""
-    broken = ""
-    for name in CHECKPOINTS:
-        path = Path(out, name)
-        if not path.exists():
-            continue
-        try:
-            saved = read_checkpoint(path)
-            break
-        except InputError as e:
-            broken = broken or f"{e}; "
-    else:
-        if broken or Path(out, "encoder.pt").exists():
-            raise InputError(f"{broken}{out} has no checkpoint to resume from; name another --out "
-                             f"(--init {out}/encoder.pt starts from its weights), or delete it")
-        if Path(out, "log.csv").exists() and not Path(out, "args.json").exists():
-            raise InputError(f"{out} has a log.csv that is of no run; name another --out")
-        return None
-    if not isinstance(saved.get("identity"), dict):             # also the first version's
-        raise InputError(f"{path} is not a run's checkpoint; name another --out, or delete it")
-    other = differences(saved["identity"], identity)
-    if other:
-        hint = ""
-        if "epochs" in [key for key in identity if saved["identity"].get(key) != identity[key]]:
-            hint = f" (that run's learning rate is down; --init {out}/encoder.pt starts from it)"
-        raise InputError(f"{out} holds a run with other settings ({other}); name another --out"
-                         f"{hint}")
-    return dict(saved, file=name, note=f"{broken}resuming at step {saved['step']}, from {name}")
+def run_identity(cfg, data, **fingerprints):
+    """Return what makes a run, as args.json has it: settings, and fingerprints of its inputs."""
+    identity = {**vars(cfg), "data_fingerprint": data.fingerprint, **fingerprints}
+    if cfg.teacher:
+        identity["teacher"] = cfg.teacher.split("?")[0]         # a signed URL contains a secret
+    return json.loads(json.dumps(identity))
 
 
-def provenance_of(out):
-    """How encoder.pt in the folder says that it was made; None if it is missing or damaged."""
+def differences(saved, current):
+    """Return in words where a saved identity differs from the current one; "" if nowhere."""
+    keys = [key for key in current if key not in MAY_CHANGE and saved.get(key) != current[key]]
+    return "; ".join(f"{key} was {saved.get(key)}, is {current[key]}" for key in keys)
+
+
+def check_folder(out, identity):
+    """Raise InputError if the folder contains anything but this run."""
+    found = [name for name in ("last.pt", "encoder.pt", "log.csv") if Path(out, name).exists()]
+    if not Path(out, "args.json").exists():
+        if found:
+            raise InputError(f"{out} has a {found[0]} but no args.json, so it is not the folder of "
+                             "a run; use another --out")
+        return
     try:
-        return read_checkpoint(Path(out, "encoder.pt")).get("provenance")
-    except InputError:
-        return None
-
-
-def has_checkpoint(out):
-    """Whether a run has been saved in a folder."""
-    return any(Path(out, name).exists() for name in CHECKPOINTS)
+        other = differences(json.loads(Path(out, "args.json").read_text()), identity)
+    except (AttributeError, ValueError):
+        other = "its args.json is damaged"
+    if other:
+        raise InputError(f"{out} has a run with other settings ({other}); use another --out (--init "
+                         f"{out}/encoder.pt starts from its weights), or delete it")
+    if "encoder.pt" in found and "last.pt" not in found:
+        raise InputError(f"{out} has no last.pt to resume from; use another --out (--init "
+                         f"{out}/encoder.pt starts from its weights), or delete it")
 
 
 def lock_folder(out, wait=False):
-    """An open file that keeps other runs out of the folder; InputError, unless it shall wait, if
-    one is at work there. (No lock on Windows, nor where the disk knows none.)"""
+    """Return an open file that locks the folder. If another run has locked it, wait, or raise
+    InputError. (Windows and some network disks have no locks.)"""
     make_folder(out)
-    file = open(out / ".lock", "a+")
+    file = open(Path(out, ".lock"), "a+")
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise InputError(f"{file.read() or 'another process'} is at work in {out}; wait for it, or "
-                         "name another --out") from None
+        raise InputError(f"{file.read() or 'another process'} is using {out}; wait for it, or use "
+                         "another --out") from None
     except (ImportError, OSError):
         return file
     file.truncate(0)
@@ -504,296 +570,331 @@ def lock_folder(out, wait=False):
     return file
 
 
-def cut_log(path, step):
-    """Keep the rows of a log up to a step; a later one may be torn, and is computed again."""
-    rows = re.findall(r"(?m)^((step|\d+),.*\n)", path.read_text(errors="replace"))
-    kept = [row for row, first in rows if first == "step" or int(first) <= step]
-    with replace_file(path) as file:
-        file.write("".join(kept).encode())
+class Run:
+    """A run: when to log, evaluate, save and stop, and what is in its folder."""
 
-
-class RunFolder:
-    """What a run leaves: args.json, views.png, log.csv, last.pt and previous.pt, to resume, and
-    encoder.pt."""
-
-    def __init__(self, cfg, data, encoder, method, optimizer, scaler, teacher=None):
+    def __init__(self, cfg, data, device, encoder, method, optimizer, scaler, teacher, init):
         self.cfg = cfg
         self.data = data
+        self.device = device
         self.encoder = encoder
+        self.method = method
+        self.optimizer = optimizer
+        self.scaler = scaler
         self.teacher = teacher
-        self.parts = dict(method=method, optimizer=optimizer, scaler=scaler)
-        self.identity = run_identity(cfg, data)
-        self.identity["teacher"] = fingerprint(teacher) if teacher else None
+        self.out = Path(cfg.out)
+        self.identity = run_identity(cfg, data, teacher_fingerprint=fingerprint(teacher),
+                                     init_fingerprint=fingerprint(init))
+        self.steps_per_epoch = len(data.train) // cfg.batch_size
+        self.last_step = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
+        self.start_provenance = f", started from: {encoder.provenance}" if init else ""
+        self.start_labels = encoder.used_labels
+        self.seconds = 0.0                                      # of training, without evaluation
         self.printed = 0.0
-        self.saved = time.monotonic()
 
     def open(self):
-        """Load the last checkpoint, or make the folder: (steps done, seconds spent)."""
+        """Make the folder, or load its checkpoint. Return the range of steps that are left."""
         saved = from_main_process(self.prepare)
-        if saved is None:
-            return 0, 0.0
-        print0(saved["note"])
-        weights = self.parts["method"].state_dict()             # and the teacher's
-        weights.update(saved["method"])
-        self.parts["method"].load_state_dict(weights)
-        self.parts["optimizer"].load_state_dict(saved["optimizer"])
-        if saved["scaler"]:                                     # empty but for fp16
-            self.parts["scaler"].load_state_dict(saved["scaler"])
-        if is_main_process() and provenance_of(self.cfg.out) != saved["provenance"]:
-            self.save_encoder(saved["provenance"], saved["used_labels"])    # killed before it was
-        return saved["step"], saved["seconds"]
+        first_step = 0
+        if saved:
+            first_step = saved["step"]
+            self.seconds = saved["seconds"]
+            self.method.load_state_dict({**self.method.state_dict(), **saved["method"]})
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            verb = "finished before," if first_step >= self.last_step else "resuming"
+            print0(f"{verb} at step {first_step}; delete {self.out} to start again")
+        self.saved = time.monotonic()
+        self.start_clock()
+        return range(first_step, max(first_step, self.last_step))
 
     def prepare(self):
-        """Lock the folder and make it ready; its checkpoint, or None."""
-        out = Path(self.cfg.out)
-        self.lock = lock_folder(out)
-        saved = read_last(out, self.identity)
-        if (out / "args.json").exists():
-            for leftover in out.glob("*.tmp"):                  # of a run that was killed
-                leftover.unlink()
-        if saved is None:
-            save_json(out / "args.json", vars(self.cfg))
-            (out / "log.csv").write_text("")
-            save_views(out / "views.png", self.data, self.cfg.crop_scale, self.cfg.blur,
+        """Lock the folder and make it ready. Return its checkpoint, or None."""
+        self.lock = lock_folder(self.out)
+        check_folder(self.out, self.identity)
+        for unfinished in self.out.glob("*.tmp"):               # of a run that was killed
+            unfinished.unlink()
+        log = self.out / "log.csv"
+        if not (self.out / "last.pt").exists():
+            save_json(self.out / "args.json", self.identity)
+            save_views(self.out / "views.png", self.data, self.cfg.crop_scale, self.cfg.blur,
                        self.cfg.seed)
+            log.write_text("")
             return None
-        if saved["file"] == "previous.pt":                      # the later one is broken
-            os.replace(out / "previous.pt", out / "last.pt")
-        if (out / "log.csv").exists():
-            cut_log(out / "log.csv", saved["step"])
+        try:
+            saved = read_checkpoint(self.out / "last.pt")
+        except InputError as e:
+            raise InputError(f"{e}; delete {self.out} to start again, or use another --out (--init "
+                             f"{self.out}/encoder.pt starts from its weights)") from None
+        log.touch()
+        os.truncate(log, min(saved["log_size"], log.stat().st_size))    # later rows come again
         return saved
 
-    def check(self, row):
-        """FloatingPointError if the run has diverged; before anything of it is saved."""
-        if not all(math.isfinite(value) for value in row.values()):
-            self.stop_diverged(f"the loss is not finite at step {row['step']}, learning rate "
-                               f"{row['lr']:.3g}")
+    def is_logged(self, step):
+        """Return whether a step has a row in the log: each tenth, and the last of an epoch."""
+        return (step + 1) % LOG_EVERY == 0 or self.ends_epoch(step + 1)
+
+    def ends_epoch(self, steps_done):
+        return steps_done % self.steps_per_epoch == 0 or steps_done == self.last_step
+
+    def note(self, loss, diagnostics):
+        """Keep the numbers for the row of the log. Raise FloatingPointError if they diverged."""
+        self.numbers = mean_of_ranks({"loss": loss, **diagnostics})
+        if not all(math.isfinite(value) for value in self.numbers.values()):
+            self.stop_diverged("the loss is not finite")
 
     def stop_diverged(self, what):
         raise FloatingPointError(
-            f"{what}; {self.cfg.out}/last.pt, if there is one, is the last good checkpoint: with "
-            "--precision fp32 the same command goes on from it; a lower --lr or more "
-            "--warmup-epochs are another run: name another --out, or delete the folder")
+            f"{what}; the last good checkpoint is {self.out}/last.pt, if there is one: with "
+            "--precision fp32 the same command resumes from it. A lower --lr or more "
+            "--warmup-epochs make another run: use another --out, or delete the folder")
 
-    def save_is_due(self):
-        return time.monotonic() - self.saved >= 60 * self.cfg.save_minutes
+    def end_step(self, batch):
+        """Evaluate if it is due, write the row of the log, save, and stop after a signal. Only the
+        main process works here; the others wait for it in the next operation that they share."""
+        steps_done = batch.step + 1
+        self.timed_steps += 1
+        self.waited += batch.wait
+        if self.is_logged(batch.step) and is_main_process():
+            self.write_row(steps_done)
+        number = self.signal_of_any(batch.step)
+        is_due = time.monotonic() - self.saved >= 60 * self.cfg.save_minutes
+        if is_main_process() and (number or is_due or self.ends_epoch(steps_done)):
+            self.save(steps_done)
+        if number:
+            if dist.is_initialized():
+                dist.barrier()                                  # until the main process has saved
+            print0(f"stopped by {signal.Signals(number).name}; the same command resumes from here")
+            sys.exit(128 + number)
 
-    def write_row(self, row, last_step):
-        """Append a row to log.csv; print it every ten seconds, and with each kNN evaluation."""
-        path = Path(self.cfg.out, "log.csv")
-        texts = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
+    def signal_of_any(self, step):
+        """Return a signal that a process received, or 0: the same in all processes. Several agree
+        on it only at logged steps, where they wait for each other anyway."""
+        number = max(self.signals, default=0)
+        if not dist.is_initialized():
+            return number
+        if not self.is_logged(step):
+            return 0
+        shared = torch.tensor(number, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def start_clock(self):
+        self.started = time.perf_counter()
+        self.timed_steps = 0
+        self.waited = 0.0
+
+    def lap(self):
+        """Add the time since the clock started to `seconds`, and return it."""
+        took = time.perf_counter() - self.started
+        self.seconds += took
+        return took
+
+    def evaluate(self):
+        """Return the accuracy in percent on the test images: the classifier's, or by kNN."""
+        encoder = self.encoder
+        if self.cfg.method != "linear":
+            encoder = average_batch_norm(encoder, self.data.train, self.cfg.workers)
+        if not isinstance(self.method, Classifier):
+            scores, _ = evaluate(encoder, self.data, self.device, self.cfg.workers, KNN_LIMIT, False)
+            return scores["knn"]
+        x = extract_features(encoder, self.data.test, self.device, self.cfg.workers)
+        y = self.data.test.labels
+        return accuracy(self.method.classifier, x.to(self.device), y.to(self.device))
+
+    def write_row(self, steps_done):
+        """Append a row to log.csv. Print it after ten seconds, and with each evaluation."""
+        took = self.lap()
+        epoch = steps_done / self.steps_per_epoch
+        row = dict(step=steps_done, epoch=epoch, lr=self.optimizer.param_groups[0]["lr"],
+                   **self.numbers, waiting=self.waited / took,
+                   images_per_s=self.timed_steps * self.cfg.batch_size / took, accuracy=None)
+        every = self.cfg.eval_every
+        if every and epoch % every == 0 and self.data.has_labels and not self.signals:
+            row["accuracy"] = self.evaluate()
+        path = self.out / "log.csv"
         try:
             with open(path, "a", newline="") as file:
                 writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                if path.stat().st_size == 0:
+                if file.tell() == 0:
                     writer.writeheader()
+                texts = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
                 writer.writerow(texts)
-                file.flush()
-                os.fsync(file.fileno())
         except OSError as e:
             raise OSError(f"cannot write {path}: {e}") from None
-        is_due = row["knn"] is not None or row["step"] == last_step
-        if not is_due and time.perf_counter() - self.printed < 10:
-            return
-        self.printed = time.perf_counter()
-        large = row["loss"] - row.get("small_loss", 0)
-        small = f" + {row['small_loss']:.3f}" if "small_loss" in row else ""
-        left = int((last_step - row["step"]) * self.cfg.batch_size / row["images_per_s"])
-        copy = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
-        knn = f"  kNN {row['knn']:.1f}%" if row["knn"] is not None else ""
-        print0(f"{row['step'] / last_step:4.0%}  epoch {row['epoch']:.1f}/{self.cfg.epochs}  "
-               f"loss {large:.3f}{copy}{small}  lr {row['lr']:.3g}  "
-               f"{row['images_per_s']:.0f} images/s  waiting {row['waiting']:.0%}  "
-               f"ETA {left // 60}:{left % 60:02d}{knn}")
+        is_last = steps_done == self.last_step
+        if is_last or row["accuracy"] is not None or time.perf_counter() - self.printed > 10:
+            self.printed = time.perf_counter()
+            self.print_row(row)
+        self.start_clock()
 
-    def save(self, steps_done, epochs, seconds):
-        """Write last.pt, of which the one before becomes previous.pt; and encoder.pt."""
-        provenance = f"{METHOD_NAMES[self.cfg.method]}, {epochs:.4g} epochs on {self.data.name}"
-        labels = [self.cfg.method == "supervised", self.encoder.used_labels]    # at the start
-        if self.cfg.init:
-            provenance += f", started from: {self.encoder.provenance}"
+    def print_row(self, row):
+        copy = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
+        small = f" (small crops: {row['small_loss']:.3f})" if "small_loss" in row else ""
+        score = "" if row["accuracy"] is None else f"  accuracy {row['accuracy']:.1f}%"
+        left = int((self.last_step - row["step"]) * self.cfg.batch_size / row["images_per_s"])
+        print0(f"{row['step'] / self.last_step:4.0%}  epoch {row['epoch']:.1f}/{self.cfg.epochs}  "
+               f"loss {row['loss']:.3f}{copy}{small}  lr {row['lr']:.3g}  "
+               f"{row['images_per_s']:.0f} images/s  waiting {row['waiting']:.0%}  "
+               f"ETA {left // 60}:{left % 60:02d}{score}")
+
+    def save(self, steps_done):
+        """Write encoder.pt, with averaged batch-norm statistics, and then last.pt. So a complete
+        encoder.pt is never older than last.pt."""
+        self.lap()
+        cfg = self.cfg
+        provenance = (f"{METHODS[cfg.method]}, {steps_done / self.steps_per_epoch:.4g} epochs on "
+                      f"{self.data.name}{self.start_provenance}")
+        labels = [cfg.method in ("supervised", "finetune"), self.start_labels]
         if self.teacher:
             provenance += f", teacher: {self.teacher.provenance}"
             labels.append(self.teacher.used_labels)
-        used_labels = next(x for x in (True, None, False) if x in labels)
-        state = describe(self.encoder, provenance, used_labels)
-        state.update({name: part.state_dict() for name, part in self.parts.items()})
-        state["method"] = {name: value for name, value in state["method"].items()
-                           if not name.startswith("teacher.")}  # frozen: its fingerprint will do
-        state.update(step=steps_done, seconds=seconds, identity=self.identity)
-        if not all(value.isfinite().all() for value in state["method"].values()):
+        about = (provenance, any_labels(labels))
+        method = {name: value for name, value in self.method.state_dict().items()
+                  if not name.startswith("teacher.")}           # frozen: args.json has its hash
+        if not all(value.isfinite().all() for value in method.values()):
             self.stop_diverged(f"a weight is not finite after step {steps_done}")
-        out = Path(self.cfg.out)
-        save_file(out / "new.pt", state)
-        if (out / "last.pt").exists():
-            os.replace(out / "last.pt", out / "previous.pt")
-        os.replace(out / "new.pt", out / "last.pt")
-        self.save_encoder(provenance, used_labels)
+        encoder = self.encoder
+        if cfg.method != "linear":
+            encoder = average_batch_norm(encoder, self.data.train, cfg.workers)
+        save_encoder(self.out / "encoder.pt", encoder, *about)
+        save_file(self.out / "last.pt", dict(
+            describe(self.encoder, *about), step=steps_done, seconds=self.seconds, method=method,
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+            log_size=(self.out / "log.csv").stat().st_size))
         self.saved = time.monotonic()
-
-    def save_encoder(self, provenance, used_labels):
-        """Write encoder.pt, with batch-norm statistics averaged anew; training keeps its own."""
-        encoder = average_batch_norm(self.encoder, self.data.train, self.cfg.workers)
-        save_encoder(Path(self.cfg.out, "encoder.pt"), encoder, provenance, used_labels)
+        self.start_clock()
 
 
 class TeacherCache:
-    """The teacher's embeddings of views, kept in DIR/z.float32 [E, N, V, D] for the next student: a
-    view depends on (seed, epoch, image) alone. A row whose norm is not 1 was never written, or half
-    written at a kill: it is computed. DIR/fingerprint.pt tells whose embeddings these are."""
+    """The teacher's embeddings of views, in DIR/z.float32 [E, N, V, D], for the next student: a view
+    depends only on (seed, epoch, image). A row whose norm is not 1 is missing or incomplete, and is
+    computed. DIR/fingerprint.json records what the embeddings depend on."""
 
     def __init__(self, cfg, data, method, dtype):
         self.method = method
         path = Path(cfg.teacher_cache)
-        keys = ("dataset", "data_fingerprint", "seed", "subset", "blur")
-        current = {key: value for key, value in run_identity(cfg, data).items() if key in keys}
-        current.update(teacher=fingerprint(method.teacher), precision=str(dtype),
-                       views=view_plan(cfg))
+        current = dict(teacher=fingerprint(method.teacher), data=data.fingerprint, seed=cfg.seed,
+                       blur=cfg.blur, views=str(view_plan(cfg)), precision=str(dtype))
         epochs = min(cfg.view_epochs or cfg.epochs, cfg.epochs)
         shape = (epochs, len(data.train), method.views_per_image, method.teacher.dim)
-        with main_process_first(), lock_folder(path, wait=True):
-            if not (path / "z.float32").exists():
-                save_file(path / "fingerprint.pt", current)
-            other = differences(read_checkpoint(path / "fingerprint.pt"), current)
-            if other:
-                raise InputError(f"--teacher-cache {path} holds other embeddings ({other}); name "
-                                 "another folder")
-            reserve(path / "z.float32", 4 * math.prod(shape))
-            self.rows = np.memmap(path / "z.float32", np.float32, "r+", shape=shape)
+        with first_of_node(), lock_folder(path, wait=True):
+            self.file = open(path / "z.float32", "a+b")
+            if self.file.tell() == 0:
+                save_json(path / "fingerprint.json", current)
+            saved = json.loads((path / "fingerprint.json").read_text())
+            if saved != current:
+                raise InputError(f"--teacher-cache {path} has other embeddings "
+                                 f"({differences(saved, current)}); use another folder")
+            self.file.truncate(max(self.file.tell(), 4 * math.prod(shape)))     # a sparse file
+        self.file = open(path / "z.float32", "r+b", buffering=0)
+        self.rows = np.memmap(path / "z.float32", np.float32, "r", shape=shape)
 
     def targets(self, batch):
-        """As `SEED.targets`, for a Batch; from the disk if all of them are there."""
-        kept = torch.from_numpy(self.rows[batch.epoch, batch.samples])     # [B, V, D]
-        if ((kept.norm(dim=2) - 1).abs() < 1e-4).all():
-            kept = kept.transpose(0, 1).flatten(0, 1)           # [V*B, D]
-            return kept.to(batch.views[0].device, non_blocking=True)
-        z_t = self.method.targets(batch.views)                  # [V*B, D]
-        by_image = z_t.unflatten(0, (len(batch.views), -1)).transpose(0, 1)
-        self.rows[batch.epoch, batch.samples] = by_image.cpu().numpy()
+        """Return what `SEED.targets` returns, from the disk if all rows are there."""
+        rows = torch.from_numpy(self.rows[batch.epoch, batch.samples])      # [B, V, D]
+        if ((rows.norm(dim=2) - 1).abs() < 1e-4).all():
+            return rows.transpose(0, 1).flatten(0, 1).to(batch.views[0].device)     # [V*B, D]
+        z_t = self.method.targets(batch.views)                              # [V*B, D]
+        rows = z_t.unflatten(0, (len(batch.views), -1)).transpose(0, 1)     # [B, V, D]
+        for sample, row in zip(batch.samples, rows.cpu().contiguous().numpy()):
+            self.file.seek((batch.epoch * self.rows.shape[1] + int(sample)) * row.nbytes)
+            self.file.write(row.tobytes())                      # OSError if the disk is full
         return z_t
 
 
-def reserve(path, size):
-    """Make a file `size` bytes long on the disk: to write into a map of a file for which there is
-    no room would kill the process. (On Linux; elsewhere the file grows as it is written.)"""
-    path.touch()
-    with open(path, "r+b") as file:
-        before = file.seek(0, os.SEEK_END)
-        try:
-            if hasattr(os, "posix_fallocate") and size > before:
-                os.posix_fallocate(file.fileno(), before, size - before)
-        except OSError as e:
-            file.truncate(before)
-            raise InputError(f"--teacher-cache needs {size:,} bytes in {path} ({e}); name another "
-                             "folder, or lower --view-epochs") from None
-
-
-# ------------------------------------------------------------------------------------------ stages
+# ------------------------------------------------------------------------------------- 6. stages
 def fit_to_data(cfg, data):
-    """Refuse what cannot work before anything is trained; shorten a queue that is too long."""
+    """Refuse what cannot work before anything is trained. Shorten a queue that is too long."""
     world_size = rank_and_world_size()[1]
-    num_images = len(data.train)
-    if cfg.batch_size > num_images:
-        raise InputError(f"--batch-size {cfg.batch_size}: there are {num_images:,} training images")
+    images = len(data.train)
+    if cfg.method in ("supervised", "linear", "finetune") and not data.has_labels:
+        raise InputError(f"{cfg.data} has no labels to train with; use class folders, or moco as "
+                         "--method or --teacher-method")
+    if cfg.label_fraction < 1:
+        cfg.batch_size = min(cfg.batch_size, images - images % world_size)
+    if cfg.batch_size > images:
+        raise InputError(f"--batch-size {cfg.batch_size}: there are {images:,} training images")
     if cfg.batch_size % world_size or cfg.batch_size < 2 * world_size:
         raise InputError(f"--batch-size {cfg.batch_size} must be a multiple of the {world_size} "
-                         "processes, with 2 images each at least")
-    if cfg.method == "supervised" and not data.classes:
-        raise InputError(f"training with labels needs them, and {cfg.data} has none; use class "
-                         "folders, or moco as --method or --teacher-method")
-    if cfg.queue_size > num_images and cfg.method != "supervised" and not cfg.profile:
-        print0(f"note: the queue of {cfg.queue_size:,} is cut to the {num_images:,} images")
-        cfg.queue_size = num_images
+                         "processes, with at least 2 images for each")
+    if cfg.queue_size > images and cfg.method in ("seed", "moco") and not cfg.profile:
+        print0(f"note: the queue of {cfg.queue_size:,} is cut to the {images:,} images")
+        cfg.queue_size = images
     refuse_among_data(cfg.out, cfg.dataset, cfg.data)
     identity = run_identity(cfg, data)
-    for name in ("dim", *SWAV):                                 # not known before the teacher is
+    for name in ("dim", *SWAV):                                 # the teacher decides these later
         del identity[name]
     if not cfg.profile:
-        from_main_process(read_last, cfg.out, identity)         # is the folder another run's?
+        from_main_process(check_folder, cfg.out, identity)
 
 
 def get_teacher(args, cfg, data, device):
-    """The teacher and its seconds: from a file; or trained now, and kept for the next student."""
-    path = args.teacher
+    """Return the teacher and its training seconds. Load it, or train it and keep it for the next
+    student. With --profile, random weights are enough."""
     seconds = None
-    if not path and args.profile:                               # any weights take the same time
-        teacher = Encoder(cfg.teacher_arch, cfg.dim, None, cfg.small_images, cfg.image_size)
-        cfg.teacher_cache = None                                # its embeddings are of no use
-    else:
+    if args.teacher or not args.profile:
+        path = args.teacher
         if not path:
             path, seconds = train_teacher(args, cfg, data, device)
-        teacher = load_teacher_on_all(path, args.teacher_arch)
-        if teacher.multi_crop and cfg.image_size > SMALL:
-            vars(cfg).update(SWAV)
-            if args.small_crops is not None:
-                cfg.small_crops = args.small_crops
-            print0(f"a teacher of SwAV's kind: crop scale {cfg.crop_scale}, as in its training, "
-                   f"and {cfg.small_crops} small crops (--small-crops)")
-        if cfg.small_crops:
-            teacher.check_image_size(cfg.small_size)
-        teacher.check_image_size(cfg.image_size)
-    if args.dim and args.dim != teacher.dim:
-        raise InputError(f"--dim {args.dim}: the teacher's embeddings have {teacher.dim} numbers, "
-                         "and so must the student's; leave --dim out")
+        teacher = load_teacher_on_all(path, args.teacher_arch, args.teacher_prefix,
+                                      args.teacher_mean, args.teacher_std)
+    else:
+        teacher = Encoder(cfg.teacher_arch, cfg.dim, None, cfg.small_images, cfg.image_size)
+    teacher.check_image_size(cfg.image_size)
+    if args.dim not in (None, teacher.dim):
+        raise InputError(f"--dim {args.dim}: the teacher's embeddings have {teacher.dim} "
+                         "dimensions, and so must the student's; omit --dim")
     return teacher.to(device, memory_format=torch.channels_last), seconds
 
 
 def train_teacher(args, cfg, data, device):
-    """Stage 1: a teacher, kept in a folder named after all that makes it; its file and seconds."""
+    """Train a teacher in a folder named by a hash of its settings. Return its file and seconds."""
     if cfg.dataset == "imagenet":
-        raise InputError("no --teacher: use a published one, such as MoCo-v2's (README has the "
-                         "address), or train one for days, by --method moco --arch resnet50")
+        raise InputError("no --teacher: use a published one, such as MoCo-v2's (README has its "
+                         "URL), or train one for days with --method moco --arch resnet50")
     teacher_cfg = make_config(args, cfg.teacher_method, arch=cfg.teacher_arch, dim=cfg.dim,
                               epochs=cfg.teacher_epochs, init=None)
     identity = json.dumps([run_identity(teacher_cfg, data), cfg.max_steps], sort_keys=True)
     name = f"{cfg.dataset}-{cfg.teacher_method}-{cfg.teacher_arch}"
     teacher_cfg.out = f"runs/teachers/{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     fit_to_data(teacher_cfg, data)
-    started = [from_main_process(has_checkpoint, out) for out in (cfg.out, teacher_cfg.out)]
-    if started == [True, False]:
-        raise InputError(f"{cfg.out} holds a student of another teacher than these settings would "
-                         "train; name that one with --teacher, or another --out")
     print0(f"\nstage 1: no --teacher given, so a {cfg.teacher_arch} is trained on the same images, "
-           f"{label_use(cfg.teacher_method == 'supervised')}; kept in {teacher_cfg.out}")
+           f"{label_use(cfg.teacher_method == 'supervised')}")
     print_settings(teacher_cfg, data)
-    seconds = train(teacher_cfg, data, device)
-    return f"{teacher_cfg.out}/encoder.pt", seconds
+    run = train(teacher_cfg, data, device)
+    return f"{teacher_cfg.out}/encoder.pt", run.seconds
 
 
 def print_settings(cfg, data):
-    """Print the settings of a stage, and the loss of chance."""
-    settings = {key: value for key, value in sorted(vars(cfg).items()) if value is not None}
-    for key in ("method", "arch", "out", "compare", "profile", "data", "dataset"):
-        settings.pop(key, None)                                 # said elsewhere
-    text = " ".join(f"{key}={value}" for key, value in settings.items())
-    print0(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
-    entries = len(data.classes) if cfg.method == "supervised" else cfg.queue_size + 1
-    small = ", and as much of the small crops" if cfg.small_crops else ""
-    print0(f"  chance among {entries:,} entries: a loss of {math.log(entries):.2f}{small}")
+    """Print the folder, the settings, and the loss at chance level."""
+    settings = " ".join(f"{key}={value}" for key, value in sorted(vars(cfg).items()) if value)
+    entries = cfg.queue_size + 1 if cfg.method in ("seed", "moco") else len(data.classes)
+    print0(f"  {settings}\n  the loss at chance level is log({entries:,}) = {math.log(entries):.2f}")
 
 
-def profile(cfg, data, device, teacher):
-    """Time some real steps by torch.profiler, in a folder that is thrown away; leave the trace."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")             # its log lines say nothing here
+def profile(cfg, data, device, teacher, init):
+    """Time some steps with torch.profiler, in a folder that is deleted. Leave the trace."""
+    stages = ("reading", "augmentation", "targets", "forward", "loss")
     profiler = torch.profiler.profile()
     with tempfile.TemporaryDirectory() as folder, profiler:
         settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0}
-        train(argparse.Namespace(**settings), data, device, teacher)
-    networks = ("teacher", "student", "backward", "update")
-    stages = ("reading", "augmentation", "loss", *networks)
-    events = [e for e in profiler.events() if e.name in stages and e.device_type == DeviceType.CPU]
-    starts = [event.time_range.start for event in events if event.name == "reading"]
+        train(argparse.Namespace(**settings), data, device, teacher, init)
+    events = [e for e in profiler.events() if e.name in stages and e.device_type.name == "CPU"]
+    starts = sorted(event.time_range.start for event in events if event.name == "reading")
     if len(starts) < 2:
-        raise InputError("--profile: the run has one step, which cannot be timed; raise --epochs")
-    ms = {"whole step": np.median(np.diff(sorted(starts))) / 1e3}
+        raise InputError("--profile: the run has a single step, which cannot be timed; raise "
+                         "--epochs")
+    step = np.median(np.diff(starts)) / 1e3
+    ms = {}
     for stage in stages:
         times = [max(e.cpu_time_total, e.device_time_total) for e in events if e.name == stage]
         ms[stage] = np.median(times) / 1e3
-    ms["networks"] = sum(ms[stage] for stage in networks)
-    print0(f"\n{'':14s}ms a step   share  images/s")
+    ms["backward, update"] = step - sum(ms.values())
+    ms["whole step"] = step
+    print0(f"\n{'':18s}ms per step   share  images/s")
     for name, value in ms.items():
-        speed = cfg.batch_size / value * 1e3
-        print0(f"{name:14s}{value:9.2f}{value / ms['whole step']:8.0%}{speed:10.0f}")
+        print0(f"{name:18s}{value:11.2f}{value / step:8.0%}{cfg.batch_size / value * 1e3:10.0f}")
     if device.type == "cuda":
         print0(f"peak memory on the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if is_main_process():
@@ -802,24 +903,59 @@ def profile(cfg, data, device, teacher):
         print(f"wrote {trace}; open it in chrome://tracing or ui.perfetto.dev")
 
 
+def print_table(rows, data, device, workers, out):
+    """Evaluate the encoder of each row, print a table, and write it to OUT/results.json.
+
+    rows: dicts of name, encoder (Encoder or its file) and seconds (of training, or None)."""
+    counts = [f"{min(len(split), TABLE_LIMIT):,}" for split in (data.train, data.test)]
+    print(f"\nevaluating on {counts[0]} training and {counts[1]} test images")
+    width = max(len(row["name"]) for row in rows)
+    print(f"{'':{width}s}     kNN  linear  seconds  labels used")
+    results = []
+    for row in rows:
+        encoder = row["encoder"]
+        if not isinstance(encoder, nn.Module):
+            encoder = load_teacher(encoder)
+        encoder = encoder.to(device, memory_format=torch.channels_last)
+        scores, material = evaluate(encoder, data, device, workers, TABLE_LIMIT)
+        knn, linear = ["-", "-"]
+        if data.has_labels:
+            knn, linear = [f"{scores[name]:.1f}%" for name in ("knn", "linear")]
+        seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
+        labels = {True: "yes", False: "no", None: "unknown"}[encoder.used_labels]
+        if encoder.used_labels and "teacher: " in encoder.provenance.split(", started from: ")[0]:
+            labels = "by its teacher"
+        print(f"{row['name']:{width}s}  {knn:>6s}  {linear:>6s}  {seconds:>7s}  {labels}",
+              flush=True)
+        results.append(dict(name=row["name"], seconds=row["seconds"], labels=labels, **scores))
+        if row["encoder"] == f"{out}/encoder.pt":
+            save_neighbors(Path(out, "neighbors.png"), *material, data.image_size)
+    save_json(Path(out, "results.json"), results)
+    print(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbors.png")
+
+
 def main(argv=None):
-    torch.set_flush_denormal(True)          # p_t has numbers below 1e-38, where CPUs are very slow
-    for number in STOP_SIGNALS:
-        signal.signal(number, STOP.receive)
+    torch.set_flush_denormal(True)          # p_t has numbers below 1e-38, which slow CPUs down
     args = parse_args(argv)
-    cfg = make_config(args, args.method)
     device = init_distributed(args.device)
+    init = load_teacher_on_all(args.init) if args.init else None
+    if init and args.method in ("linear", "finetune"):
+        args.arch = init.arch
+        args.image_size = args.image_size or init.image_size
+    cfg = make_config(args, args.method)
     data = load_data_on_all(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
+    if cfg.label_fraction < 1 and data.has_labels:
+        data.train = label_fraction(data.train, cfg.label_fraction, cfg.seed)
     print0(f"{data}; {rank_and_world_size()[1]} process(es) on {device.type}, networks in "
-           f"{network_dtype(cfg, device)}, frozen: {network_dtype(cfg, device, frozen=True)}")
-    untrained = new_encoder(cfg)            # a network that cannot be used fails early
-    state = "as it starts" if cfg.init else "untrained"
-    rows = [dict(name=f"{cfg.arch}, {state}", encoder=untrained, seconds=None)]
+           f"{network_dtype(cfg, device)}")
+    untrained = new_encoder(cfg, init)      # a network that cannot be used fails early
+    rows = [dict(name=f"{cfg.arch}, {'as it starts' if init else 'untrained'}", encoder=untrained,
+                 seconds=None)]
     students = [cfg]
     if args.compare:
-        rivals = ["moco", "supervised"] if data.classes else ["moco"]
-        students += [make_config(args, rival, out=f"{cfg.out}/{rival}") for rival in rivals
-                     if rival != cfg.method]
+        others = ["moco", "supervised"] if data.has_labels else ["moco"]
+        students += [make_config(args, other, out=f"{cfg.out}/{other}") for other in others
+                     if other != cfg.method]
     for student in students:
         fit_to_data(student, data)
 
@@ -827,21 +963,29 @@ def main(argv=None):
     if cfg.method == "seed":
         teacher, seconds = get_teacher(args, cfg, data, device)
         cfg.dim = teacher.dim
+        if teacher.multi_crop and cfg.image_size > SMALL:
+            changes = {key: value for key, value in SWAV.items() if getattr(args, key, None) is None}
+            vars(cfg).update(changes)
+        if cfg.small_crops:
+            teacher.check_image_size(cfg.small_size)
         print0(f"\nteacher: {teacher.provenance}, {label_use(teacher.used_labels)}")
         rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds))
     if args.profile:
-        print_settings(cfg, data)
-        return profile(cfg, data, device, teacher)
+        return profile(cfg, data, device, teacher, init)
     for student in students:
-        name = f"{student.arch} by {METHOD_NAMES[student.method]}"
+        name = f"{student.arch} by {METHODS[student.method]}"
         print0(f"\n{'stage 2: ' if student.method == 'seed' else ''}{name}, in {student.out}")
         print_settings(student, data)
-        seconds = train(student, data, device, teacher if student.method == "seed" else None)
-        rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=seconds))
+        run = train(student, data, device, teacher if student.method == "seed" else None, init)
+        rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=run.seconds))
     if dist.is_initialized():
         dist.destroy_process_group()
-    if is_main_process():
-        if not cfg.init:                    # as the other rows, statistics of its own
+    if is_main_process() and cfg.method in ("linear", "finetune"):
+        accuracy_found = run.evaluate()
+        print(f"accuracy of the classifier on the test images: {accuracy_found:.1f}%")
+        save_json(Path(cfg.out, "results.json"), dict(name=name, accuracy=accuracy_found))
+    elif is_main_process():
+        if not init:                        # with statistics of its own, like the other rows
             rows[0]["encoder"] = average_batch_norm(untrained.to(device), data.train, cfg.workers)
         print_table(rows, data, device, cfg.workers, cfg.out)
 
