@@ -31,6 +31,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,26 +43,27 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from seed import (Encoder, InputError, augment, crop_box, to_float,
-                  uniforms)
+from seed import Encoder, InputError, augment, crop_box, to_float, torchvision_backbone, uniforms
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 SMALL = 64                      # images of at most this many pixels per side stay decoded in memory
 MEMORY = 2 * 2**30              # if they fit in this many bytes
-EXTENSIONS = set(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .jp2"
-                 .split())
-NO_CLASSES = {"__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "RECYCLER",
-              "System Volume Information"}         # folders that operating systems leave behind
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif",
+              ".tiff", ".ppm", ".pgm", ".jp2")
+NO_CLASSES = {"__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN",
+              "System Volume Information"}     # folders that operating systems leave behind
 VAL_NAMES = ("val", "valid", "validation", "test")
 SPLIT_NAMES = {"train", "training", "testing", *VAL_NAMES}
 WHITE = (1, 255, 4095, 65535)   # possible values of white in images with more than 8 bits
 NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}             # what undoes an EXIF orientation
+TURNS = dict(zip(range(2, 9), (                # what undoes an EXIF orientation
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90)))
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+                if hasattr(signal, name)]      # Windows lacks two of them
 warnings.filterwarnings("ignore", module="PIL")    # on metadata, from every worker
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26              # bytes; color profiles may exceed Pillow's 2**20
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26          # bytes of a color profile; Pillow allows 2**20
 
 
 # -------------------------------------------------------------------------------------- 1. images
@@ -174,27 +176,24 @@ def find_images(name, root):
     if not root.is_dir():
         raise InputError(f"there is no directory {root}; --data names the directory of images")
     has_train = (root / "train").is_dir()
-    val = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
-    not_imagenet = InputError(f"{root} needs train/ and val/, each with one folder per class; "
-                              "otherwise use --dataset folder")
-    if name == "imagenet" and not (val and has_train):
-        raise not_imagenet
     top = root / "train" if has_train else root
+    val = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
     files, notes = list_files(top)
     if len(files) < 2:
         raise InputError(f"{len(files) or 'no'} image in {top} (looked for "
-                         f"{', '.join(sorted(EXTENSIONS))})")
+                         f"{', '.join(EXTENSIONS)})")
     folders = class_folders(files, top)
     classes = sorted(set(folders))
     words = {folder.lower().rstrip("0123456789") for folder in classes}     # like COCO's train2017
-    if classes and words <= SPLIT_NAMES:
+    if words <= SPLIT_NAMES:
         raise InputError(f"{top} contains {' and '.join(classes)}, which are not classes; put "
                          "train and val directly into --data")
     if len(classes) < 2 or "" in classes:                       # a single class is no label
         classes = []
+    if name == "imagenet" and not (val and has_train and classes):
+        raise InputError(f"{root} needs train/ and val/, each with one folder per class; otherwise "
+                         "use --dataset folder")
     train = Split(files=files, labels=number_labels(folders, classes))
-    if name == "imagenet" and not classes:
-        raise not_imagenet
     if has_train and val:
         test_files, more_notes = list_files(val)
         if not test_files:
@@ -208,8 +207,8 @@ def find_images(name, root):
             return train, test, classes, notes + more_notes
         notes.append(f"{val} has no class folders, so a part of {top} is held out instead")
     held_out = choose_held_out(paths_below(top, files), folders if classes else [""] * len(files))
-    return (train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out)),
-            classes, notes)
+    test = train.subset(np.flatnonzero(held_out))
+    return train.subset(np.flatnonzero(~held_out)), test, classes, notes
 
 
 def choose_held_out(names, folders):
@@ -408,10 +407,6 @@ def start_worker(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-                if hasattr(signal, name)]                       # Windows has no SIGUSR1 and SIGHUP
-
-
 @atexit.register
 def end_workers():
     """Kill workers that an error left behind: Python would wait for them forever."""
@@ -476,15 +471,11 @@ def draw_shapes(n, split):
 # has all of its keys, and its head is in the place of the classifier or beside the backbone. Every
 # missing key is an error, and every key that is neither part of them nor in UNUSED. If a file has
 # several complete networks, the first line here that fits exactly one of them decides:
-PREFERRED = ("encoder_q.",              # MoCo v1 and v2
-             "base_encoder.",           # MoCo v3
-             "student.",                # the SEED authors' code
-             "teacher.backbone.",       # DINO
-             "encoder.backbone.",       # our last.pt of MoCo
-             "backbone.",               # lightly, solo-learn
-             "")                        # a single network
+PREFERRED = ("encoder_q.", "base_encoder.", "student.",     # MoCo v1 and v2; v3; the SEED authors
+             "teacher.backbone.", "encoder.backbone.",      # DINO; our last.pt of MoCo
+             "backbone.", "")                               # lightly, solo-learn; a single network
 UNUSED = ("encoder_k", "key_encoder", "momentum", "queue", "prototypes", "predict", "optimizer",
-          "classifier_on_features", "class_vectors", "memory_bank", "head.mlp.", "last_layer.",
+          "class_vectors", "method.classifier.", "memory_bank", "head.mlp.", "last_layer.",
           "dino_loss", "callbacks.")
 RESNET_KEYS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
 RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3",
@@ -513,29 +504,54 @@ def load_teacher(path_or_url, arch=None, prefix=None, mean=None, std=None):
     tensors = name_children(flatten(file))
     arch = arch or arch_in_file(file, path)
     prefix, others = find_backbone(tensors, arch, prefix, path)
-    stem = tensors.get(f"{prefix}conv1.weight", torch.empty(0))         # of a ResNet
-    arch = arch or resnet_name(tensors, prefix, path)
-    if re.fullmatch(r"resnet\d+", arch) and stem.ndim == 4 and len(stem) > 64:
-        arch = f"{arch}w{len(stem) // 64}"
-    is_ours = str(file.get("format")) == "seed-encoder"
-    try:
-        options = [None, None, stem.shape[2:] == (3, 3)]
-        if is_ours:
-            options = [file[name] for name in ("dim", "hidden_dim", "small_images", "image_size")]
-            pixels = {**{name: file[name] for name in ("mean", "std")}, **pixels}
-        teacher = Encoder(arch, *options, **pixels)
-    except (KeyError, RuntimeError, TypeError):
-        raise InputError(f"{path} is not a complete encoder.pt; save it again") from None
+    arch = arch or resnet_name(tensors, prefix)
+    teacher = new_teacher(file, arch, tensors.get(f"{prefix}conv1.weight"), pixels, path)
     backbone, head, head_name = sort_weights(tensors, prefix, others, teacher, path)
     fill(teacher, backbone, head, path)
-    layers = ", ".join(type(layer).__name__ for layer in teacher.head.modules())
-    known = f"head '{head_name}' ({layers})" if head else "no projection head"
+    layers = ", ".join(type(layer).__name__ for layer in teacher.head.children())
+    known = f"head '{head_name}' ({layers or 'Linear'})" if head else "no projection head"
     made = file.get("provenance", f"weights under '{prefix}', {known}")
     total = len(teacher.backbone.state_dict())
-    teacher.provenance = f"{arch}, {made}, matched {total} backbone keys"
-    teacher.used_labels = file.get("used_labels", False if head and not is_ours else None)
+    teacher.provenance = f"{teacher.arch}, {made}, matched {total} backbone keys"
+    published = False if head and "format" not in file else None
+    teacher.used_labels = file.get("used_labels", published)
     teacher.multi_crop = any("prototypes" in name for name in tensors)
     return teacher.eval().requires_grad_(False)
+
+
+def new_teacher(file, arch, stem, pixels, path):
+    """Return an Encoder with the options of an encoder.pt, or read off the first convolution of a
+    ResNet: SwAV's and VICReg's may be wider, and CIFAR's have a stem for small images."""
+    options = dict(dim=None)
+    if stem is not None and stem.ndim == 4:
+        options["small_images"] = stem.shape[2:] == (3, 3)
+    try:
+        if file.get("format") == "seed-encoder":
+            names = ("dim", "hidden_dim", "small_images", "image_size", "mean", "std")
+            options = {name: file[name] for name in names}
+        if re.fullmatch(r"resnet\d+(w\d)?", arch) and stem is not None and len(stem) > 64:
+            arch = arch.split("w")[0]
+            options["backbone"] = wide_resnet(arch, len(stem) // 64)
+            arch = f"{arch}w{len(stem) // 64}"
+        teacher = Encoder(arch, **{**options, **pixels})
+    except (KeyError, RuntimeError, TypeError):
+        raise InputError(f"{path} is not a complete encoder.pt; save it again") from None
+    teacher.last_layer = teacher.last_layer or "fc"
+    return teacher
+
+
+def wide_resnet(arch, factor):
+    """Return a torchvision ResNet without its final Linear, with all layers `factor` times as wide.
+    (In torchvision's own wide ResNets, only the blocks are wider inside.)"""
+    resnet, _ = torchvision_backbone(arch)
+    for m in resnet.modules():                              # __init__ makes a layer again, wider
+        if isinstance(m, nn.Conv2d):
+            inputs = 3 if m.in_channels == 3 else factor * m.in_channels
+            outputs = factor * m.out_channels
+            m.__init__(inputs, outputs, m.kernel_size, m.stride, m.padding, bias=False)
+        elif isinstance(m, nn.BatchNorm2d):
+            m.__init__(factor * m.num_features)
+    return resnet
 
 
 def load_from_hub(name, pixels):
@@ -585,21 +601,17 @@ def arch_in_file(file, path):
     arch = file.get("arch", getattr(file.get("args"), "arch", None))
     if not isinstance(arch, str):
         return None
-    name = re.sub(r"^(resnet\d+)x(\d)$", r"\1w\2", arch.lower())        # VICReg's resnet50x2
-    if re.sub(r"w\d$", "", name) not in torchvision.models.list_models():
+    name = re.sub(r"^(resnet\d+)[wx]\d$", r"\1", arch.lower())         # a wider ResNet
+    if name not in torchvision.models.list_models():
         raise InputError(f"{path} is a {arch}, which torchvision does not have. If one of its "
                          "networks computes the same, name that with --teacher-arch")
     return name
 
 
-def resnet_name(tensors, prefix, path):
+def resnet_name(tensors, prefix):
     """Return the ResNet of these weights. The number in its name counts the layers."""
     convolution = re.compile(re.escape(prefix) + r"layer.*conv[123]\.weight")
-    name = f"resnet{2 + len([key for key in tensors if convolution.fullmatch(key)])}"
-    if name not in torchvision.models.list_models():
-        raise InputError(f"{path} contains a ResNet that torchvision does not have, or a part of "
-                         "one; with --teacher-arch NAME, the error lists what is missing")
-    return name
+    return f"resnet{2 + len([key for key in tensors if convolution.fullmatch(key)])}"
 
 
 def find_backbone(tensors, arch, prefix, path):
@@ -607,30 +619,26 @@ def find_backbone(tensors, arch, prefix, path):
     keys = RESNET_KEYS
     if arch:
         with torch.device("meta"):
-            keys = list(Encoder(arch, dim=None).backbone.state_dict())
+            keys = torchvision_backbone(arch)[0].state_dict()
         keys = [key for key in keys if "num_batches_tracked" not in key]    # old files lack these
     counts = Counter()
     for key in keys:
         counts.update(name.removesuffix(key) for name in tensors if name.endswith(key))
     whole = [found for found in counts if counts[found] == len(keys)]
-    for end in PREFERRED if prefix is None else ():
-        chosen = [found for found in whole if f".{found}".endswith(f".{end}")]
-        if len(chosen) == 1 or (end == "" and len(whole) == 1):
-            prefix = whole[0] if end == "" else chosen[0]
-            break
-    if prefix in whole:
-        return prefix, tuple(found for found in whole if found not in ("", prefix))
-    if whole:
+    candidates = [found for found in whole if prefix in (None, found)]
+    for end in PREFERRED:
+        chosen = [found for found in candidates if f".{found}".endswith(f".{end}")]
+        if len(chosen) == 1:
+            return chosen[0], tuple(found for found in whole if found not in ("", *chosen))
+    if candidates:
         raise InputError(f"{path} contains several networks, under {whole}; choose one of them "
                          "with --teacher-prefix")
-    held = ", ".join(list(tensors)[:3]) or "no tensors"
-    if arch is None:
-        raise InputError(f"{path} does not name its network, and contains no complete ResNet but "
-                         f"{held}; name the network with --teacher-arch")
-    prefix = max(counts, key=counts.get, default="")
+    prefix = prefix or max(counts, key=counts.get, default="")
     missing = ", ".join([key for key in keys if prefix + key not in tensors][:3])
-    raise InputError(f"{path} does not fit torchvision's {arch}: {counts[prefix]} of {len(keys)} "
-                     f"keys are there, under '{prefix}', without {missing}; it contains {held}")
+    held = ", ".join(list(tensors)[:3]) or "no tensors"
+    raise InputError(f"{path} has no complete {arch or 'ResNet'}: {counts[prefix]} of {len(keys)} "
+                     f"keys are there, under '{prefix}', without {missing}; it contains {held}. "
+                     "--teacher-arch names another network")
 
 
 def sort_weights(tensors, prefix, others, teacher, path):
@@ -674,30 +682,26 @@ def sort_weights(tensors, prefix, others, teacher, path):
 
 
 def rebuild_head(weights, width):
-    """Return a head with weights "0.weight", "1.running_mean", ..., and its output's width.
+    """Return a head with weights "0.weight", "1.running_mean", ..., and the width of its output.
 
-    A layer is a BatchNorm1d if it has running statistics, otherwise a Linear. A missing number is a
-    ReLU. (A single Linear has no number.)"""
-    numbers = sorted({int(name.split(".")[0]) for name in weights if name[0].isdigit()})
+    A layer with running statistics is a BatchNorm1d, any other a Linear, and a missing one between
+    them a ReLU. (A single Linear has no number.)"""
+    numbers = {int(name.split(".")[0]) for name in weights if name[0].isdigit()}
     if not numbers:
-        layer = nn.Linear(width, len(weights.get("weight", ())))
-        return layer, layer.out_features
+        return nn.Linear(width, len(weights.get("weight", ()))), len(weights.get("weight", ()))
     has_norm = any("running_mean" in name for name in weights)  # then biases may be absent
     head = nn.Sequential()
-    previous = -1                                               # a head starts with layer 0
-    for number in numbers:
-        if number == previous + 2 and number > 1:
-            head.add_module(str(number - 1), nn.ReLU(inplace=True))
-        elif number > previous + 1:
-            raise ValueError(f"its head lacks what follows layer {previous}")
+    for number in range(max(numbers) + 1):
         if f"{number}.running_mean" in weights:
-            layer = nn.BatchNorm1d(width, affine=f"{number}.weight" in weights)
-        else:
+            head.append(nn.BatchNorm1d(width, affine=f"{number}.weight" in weights))
+        elif number in numbers:
             bias = f"{number}.bias" in weights or not has_norm
-            layer = nn.Linear(width, len(weights.get(f"{number}.weight", ())), bias)
-            width = layer.out_features
-        head.add_module(str(number), layer)
-        previous = number
+            head.append(nn.Linear(width, len(weights.get(f"{number}.weight", ())), bias))
+            width = head[-1].out_features
+        elif {number - 1, number + 1} <= numbers:
+            head.append(nn.ReLU(inplace=True))
+        else:
+            raise ValueError(f"its head lacks layer {number}")
     return head, width
 
 
@@ -730,21 +734,21 @@ def fill(teacher, backbone, head, path):
 
 
 class StandIn:
-    """What `read_checkpoint` builds in place of any object that is not a tensor: a dict, which may
-    hold weights and attributes such as args.arch."""
+    """What `read_checkpoint` makes of any object that is not a tensor: a dict, which may contain
+    weights, and attributes such as args.arch."""
 
     def __new__(cls, *args):
         return OrderedDict()
 
 
 class NumpyStandIn:
-    """The same for NumPy's objects, whose state is not a dict."""
+    """The same for NumPy's objects, whose state is a tuple."""
 
-    def __init__(self, *args):
-        """Ignore the arguments."""
+    def __new__(cls, *args):
+        return super().__new__(cls)
 
     def __setstate__(self, state):
-        """Ignore the state."""
+        pass
 
 
 def read_checkpoint(path_or_url):
@@ -793,14 +797,13 @@ def why_unreadable(path, error):
     code = re.search(r"GLOBAL ([\w.]+)", str(error))
     if code:
         return f"it contains a {code[1]}, which could run code; save only the weights"
-    start = b""
     if os.path.isfile(path):
         with open(path, "rb") as file:
             start = file.read(100).lstrip()
-    if start.startswith(b"<"):
-        return "it is a web page; download the file again"
-    if start.startswith(b"version https://git-lfs"):
-        return "it only points to a file; fetch that with git lfs pull"
+        if start.startswith(b"<"):
+            return "it is a web page; download the file again"
+        if start.startswith(b"version https://git-lfs"):
+            return "it only points to a file; fetch that with git lfs pull"
     reason = first_line(error)
     if "only load" in reason or not isinstance(error, (OSError, RuntimeError, ValueError)):
         return "torch.save did not write it, or not all of it"
@@ -1065,14 +1068,14 @@ def center_image(split, index, size):
     return to_float(crop)
 
 
-def save_views(path, data, scale, blur, seed=0, columns=8, count=6):
-    """Write what augmentation does: each row has an image, then views of it."""
-    size = data.image_size
+def save_views(path, data, cfg, columns=8, count=6):
+    """Write what augmentation does with a run's settings: rows of an image, then views of it."""
     rows = []
     for index in range(min(count, len(data.train))):
-        image = center_image(data.train, index, size)
-        u = torch.cat([uniforms(seed, epoch, [index]) for epoch in range(columns - 1)])
-        views = augment(image.expand(columns - 1, -1, -1, -1), u, size, scale, blur)
+        image = center_image(data.train, index, data.image_size)
+        u = torch.cat([uniforms(cfg.seed, epoch, [index]) for epoch in range(columns - 1)])
+        images = image.expand(columns - 1, -1, -1, -1)
+        views = augment(images, u, data.image_size, cfg.crop_scale, cfg.blur, cfg.color)
         rows.append([image, *views])
     save_grid(path, rows)
 
@@ -1158,20 +1161,11 @@ def number(kind, least, most):
     return parse
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keep the description's line breaks, and show defaults that are not None or False."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=HelpFormatter, **options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -1179,24 +1173,17 @@ class Parser(argparse.ArgumentParser):
 
 def add_data_flags(flag):
     """Add the flags that train.py and probe.py share."""
-    flag("--dataset", choices=DATASETS, default="shapes", help="shapes: built in; folder: any "
-         "images; CIFAR is downloaded")
-    flag("--data", type=expanded, default="data", metavar="DIR", help="the directory of images")
-    flag("--subset", type=number(int, 1, 1e9), metavar="N", help="use N training images, chosen by "
-         "the seed")
+    flag("--dataset", choices=DATASETS, default="shapes", help="shapes: built in")
+    flag("--data", type=expanduser, default="data", metavar="DIR", help="where the images are")
+    flag("--subset", type=number(int, 1, 1e9), metavar="N", help="use N training images")
+    flag("--label-fraction", type=number(float, 1e-9, 1), default=1.0, metavar="P",
+         help="use this fraction of each class of the training images")
     flag("--small-images", action=argparse.BooleanOptionalAction,
          help="full resolution in the first layers, for 32-64 px: better and far slower; use a GPU")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, views and subset")
+    flag("--workers", type=number(int, 0, 256), default=default_workers(),
+         help="DataLoader workers (%(default)s); raise it if a run waits for data")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
-    flag("--label-fraction", type=number(float, 1e-9, 1), default=1.0, metavar="P", help="use this "
-         "fraction of each class of the training images")
-    flag("--workers", type=number(int, 0, 256), default=default_workers(), help="DataLoader workers "
-         "(%(default)s); raise it if a run waits for data")
-
-
-def expanded(path):
-    """An argparse type: a path with "~" replaced, which the shell leaves alone after "="."""
-    return os.path.expanduser(path)
 
 
 def default_workers():
@@ -1237,7 +1224,7 @@ def refuse_among_data(out, dataset, data):
 
 
 def label_fraction(split, fraction, seed):
-    """Return a fraction of each class of a split, at least one image of each, chosen by the seed."""
+    """Return a fraction of each class of a split, at least one image, chosen by the seed."""
     order = np.random.default_rng(seed).permutation(len(split))
     labels = split.labels.numpy()[order]
     chosen = []
@@ -1263,17 +1250,14 @@ def parse_args(argv=None):
     """Return the flags of probe.py."""
     parser = Parser(description="kNN and a linear probe of an encoder's frozen features.")
     flag = parser.add_argument
-    flag("encoder", type=expanded, help="an encoder.pt, or anything that load_teacher reads; or "
-         "random:ARCH")
-    flag("--arch", help="the network's name, if the file does not tell it")
+    flag("encoder", type=expanduser, help="what load_teacher reads, or random:ARCH")
+    flag("--arch", help="the network, if the file does not name it")
     flag("--prefix", help="of its keys, if the file has several networks")
     flag("--mean", type=float, nargs=3, metavar="M", help="of its pixels, if not ImageNet's")
     flag("--std", type=float, nargs=3, metavar="S", help="likewise")
-    flag("--image-size", type=number(int, 8, 4096), help="side of an image in pixels; if not given, "
-         "that of its training")
+    flag("--image-size", type=number(int, 8, 4096), help="default: that of its training")
+    flag("--out", type=expanduser, metavar="DIR", help="default: beside the encoder's file, or here")
     add_data_flags(flag)
-    flag("--out", type=expanded, metavar="DIR", help="for probe.json and neighbors.png; if not "
-         "given, beside the encoder's file, or here")
     return parser.parse_args(argv)
 
 

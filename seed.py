@@ -174,7 +174,7 @@ class FeatureQueue(nn.Module):
 
     @property
     def filled(self):
-        """The fraction of entries that are real embeddings: scalar tensor in [0, 1]."""
+        """The fraction of entries that are real embeddings, scalar in [0, 1]."""
         return (self.seen / len(self.features)).clamp(max=1)
 
 
@@ -207,9 +207,8 @@ class SEED(nn.Module):
     def train(self, mode=True):
         """Set the student's mode. The teacher always stays in evaluation mode.
 
-        In training mode, its batch norm would drift with our data. In evaluation mode, z_t depends
-        only on its own view and not on the batch, so MoCo's shuffling between GPUs is unnecessary.
-        """
+        In training mode, its batch norm would drift with our data. In evaluation mode, z_t does
+        not depend on the batch, so images need not be shuffled between GPUs, as MoCo does."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -273,8 +272,6 @@ def toy():
 
 
 # The method is complete here. What follows serves it: networks, views, small crops and baselines.
-
-
 # ------------------------------------------------------------------------------------ 4. encoders
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -290,17 +287,14 @@ class Encoder(nn.Module):
     The head is the authors' Linear, ReLU, Linear. The encoder itself normalizes views, which are
     pixels in 0..1. So networks that expect different pixels can see the same views.
 
-    Args: arch: the name of a torchvision classification network, such as "mobilenet_v3_large", or
-        "resnet50w2" (to w9), a ResNet whose layers are all twice as wide, as in SwAV.
+    Args: arch: the name of a torchvision classification network, such as "mobilenet_v3_large".
         dim: D; None: no head, the embedding is the normalized features. hidden_dim: width of the
         head's hidden layer; None: F, as in the authors' code; 0: no hidden layer.
-        small_images: see `adapt_stem_for_small_images`. image_size: S, which must fit the network.
-        backbone: your own module [B, 3, S, S] -> [B, F], instead of torchvision's.
-        mean, std: of each color channel, for the normalization.
-    Attributes: feature_dim: F, the number of features; provenance: one line on how it was trained;
-        used_labels: whether labels were used, None if unknown; multi_crop: whether it was trained
-        with small crops, like SwAV.
-    Raises: InputError for an unknown name, or a network that does not accept this image size."""
+        small_images: see `adapt_stem_for_small_images`; image_size: S; mean, std: of each color
+        channel; backbone: your own module [B, 3, S, S] -> [B, F], instead of torchvision's.
+    Attributes: feature_dim: F, the number of features; provenance: a line on its training;
+        used_labels: whether it used labels, None if unknown; multi_crop: whether it used small
+        crops. Raises: InputError for an unknown name, or an image size that does not fit."""
 
     def __init__(self, arch, dim=128, hidden_dim=None, small_images=False, image_size=224,
                  backbone=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -330,18 +324,17 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
-    def check_image_size(self, image_size):
+    def check_image_size(self, size):
         """Return the number of features. Raise InputError if images of this size do not pass."""
         device = "meta" if self.last_layer else "cpu"       # "meta": compute only shapes
         network = copy.deepcopy(self.backbone).to(device)
         network.train(device == "meta")                     # GoogLeNet then returns three tensors
-        images = torch.zeros(2, 3, image_size, image_size, device=device)
         try:
             with torch.no_grad():
-                _, feature_dim = network(images).shape
+                _, feature_dim = network(torch.zeros(2, 3, size, size, device=device)).shape
         except Exception as e:                              # a network may raise anything
             problem = str(e).split("\n")[0] or type(e).__name__
-            raise InputError(f"{self.arch} does not turn images of {image_size} px into vectors "
+            raise InputError(f"{self.arch} does not turn images of {size} px into vectors "
                              f"({problem}); choose another network or image size") from None
         return feature_dim
 
@@ -361,35 +354,16 @@ def to_float(images):
 
 def torchvision_backbone(arch):
     """Return a new network without its final Linear, and the name of that layer."""
-    name, _, factor = str(arch).rpartition("w")             # "resnet50w2" -> "resnet50", "2"
-    is_wider = name.removeprefix("resnet").isdigit() and factor in tuple("23456789")
-    name = name if is_wider else arch
     known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, cutoff=0)
-        raise InputError(f"unknown network '{name}'; did you mean {', '.join(near)}?")
-    network = torchvision.models.get_model(name, weights=None)
-    if is_wider:
-        widen(network, int(factor))
+    if arch not in known:
+        near = ", ".join(difflib.get_close_matches(str(arch), known, cutoff=0))
+        raise InputError(f"unknown network '{arch}'; did you mean {near}?")
+    network = torchvision.models.get_model(arch, weights=None)
     linears = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
     if not linears:
-        raise InputError(f"{name} has no Linear layer to replace; choose another network")
+        raise InputError(f"{arch} has no Linear layer to replace; choose another network")
     network.set_submodule(linears[-1], nn.Identity())
     return network, linears[-1]
-
-
-def widen(resnet, factor):
-    """Multiply all widths of a ResNet. (In torchvision's wide ones only the blocks are wider.)"""
-    for m in resnet.modules():                              # __init__ makes a layer again, wider
-        if isinstance(m, nn.Conv2d):
-            inputs = 3 if m.in_channels == 3 else factor * m.in_channels
-            outputs = factor * m.out_channels
-            m.__init__(inputs, outputs, m.kernel_size, m.stride, m.padding, bias=False)
-            nn.init.kaiming_normal_(m.weight, mode="fan_out")           # like torchvision
-        elif isinstance(m, nn.BatchNorm2d):
-            m.__init__(factor * m.num_features)
-        elif isinstance(m, nn.Linear):
-            m.__init__(factor * m.in_features, m.out_features)
 
 
 def adapt_stem_for_small_images(backbone, arch):
@@ -400,8 +374,7 @@ def adapt_stem_for_small_images(backbone, arch):
         raise InputError(f"{arch} has no stem to adapt to small images; use --no-small-images")
     conv.stride = (1, 1)
     if conv.kernel_size == (7, 7):
-        bias = conv.bias is not None
-        backbone.set_submodule(name, nn.Conv2d(3, conv.out_channels, 3, padding=1, bias=bias))
+        backbone.set_submodule(name, nn.Conv2d(3, conv.out_channels, 3, padding=1, bias=False))
         pool = next(n for n, m in backbone.named_modules() if isinstance(m, nn.MaxPool2d))
         backbone.set_submodule(pool, nn.Identity())
 
@@ -467,12 +440,11 @@ def resize_weights(start, length, source, size):
     [start, start + length) is resized, bilinearly with antialiasing. start, length: [B]."""
     step = (length / size)[:, None, None]                               # source pixels per target
     first = start[:, None, None]
-    last = first + length[:, None, None]
     target = torch.arange(size, device=start.device)[:, None]           # [size, 1]
     pixel = torch.arange(source, device=start.device)                   # [source]
     distance = pixel + 0.5 - (first + (target + 0.5) * step)            # [B, size, source]
     weight = (1 - distance.abs() / step.clamp(min=1)).clamp(min=0)      # wider when shrinking
-    weight = weight * ((pixel + 1 > first) & (pixel < last))            # nothing from outside
+    weight = weight * ((pixel + 1 > first) & (pixel < first + size * step))    # only from inside
     return weight / weight.sum(dim=2, keepdim=True)
 
 
@@ -506,10 +478,9 @@ def gaussian_blur(images, sigma):
     offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
     kernel = torch.softmax(-0.5 * (offset / sigma[:, None]) ** 2, dim=1)    # [B, 13], a Gaussian
     kernel = kernel.repeat_interleave(3, dim=0)[:, None]                # [3B, 1, 13], per channel
-    x = F.pad(images, [BLUR_RADIUS] * 4, mode="reflect")                # [B, 3, H+12, W+12]
-    x = x.flatten(0, 1)[None]                                           # [1, 3B, H+12, W+12]
-    x = F.conv2d(x, kernel[:, :, None], groups=len(kernel))             # [1, 3B, H+12, W]
-    x = F.conv2d(x, kernel[:, :, :, None], groups=len(kernel))          # [1, 3B, H, W]
+    x = F.pad(images, [BLUR_RADIUS] * 4, mode="reflect").flatten(0, 1)  # [3B, H+12, W+12]
+    x = F.conv2d(x, kernel[:, :, None], groups=len(kernel))             # [3B, H+12, W]
+    x = F.conv2d(x, kernel[:, :, :, None], groups=len(kernel))          # [3B, H, W]
     return x.view_as(images)
 
 
@@ -607,9 +578,8 @@ class SmallCropSEED(SEED):
 def info_nce(query, key, queue, tau=0.2):
     """Return MoCo's contrastive loss, the limit of `seed_loss` as tau_t -> 0: a float32 scalar.
 
-    Args: query, key: float [B, D], of two views of the same images; only `query` receives a
-        gradient; queue: float [K, D], keys of other images; all rows have unit norm; tau: above 0.
-    """
+    query, key: float [B, D], of two views of the same images; only `query` receives a gradient.
+    queue: float [K, D], keys of other images. All rows have unit norm; tau is above 0."""
     logits = similarity_logits(query, key.detach(), queue.detach(), tau)       # [B, 1+K]
     positive = torch.zeros(len(logits), dtype=torch.long, device=logits.device)    # [B], column 0
     return F.cross_entropy(logits, positive)
@@ -654,8 +624,7 @@ class MoCo(nn.Module):
         return keys[order.argsort()][rank::world_size]                  # [B, D], order restored
 
     def forward(self, views):
-        """Return the queries [B, D]."""
-        return self.embed(self.encoder, views[0])
+        return self.embed(self.encoder, views[0])                       # queries [B, D]
 
     def loss(self, query, key):
         return info_nce(query, key, self.queue.features, self.tau)

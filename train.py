@@ -1,7 +1,7 @@
 """Train a small network by SEED, or by MoCo-v2 or with labels for comparison.
 
     python train.py --arch mobilenet_v3_large                        # built-in shapes, any laptop
-    torchrun train.py --dataset cifar10 --arch mobilenet_v3_large    # trains a MoCo-v2 teacher first
+    python train.py --dataset cifar10 --arch mobilenet_v3_large     # trains a MoCo-v2 teacher first
     torchrun --nproc_per_node=8 train.py --dataset imagenet --data /imagenet \\
         --arch mobilenet_v3_large --teacher moco_v2_800ep_pretrain.pth.tar      # eight GPUs
 
@@ -11,7 +11,6 @@ log.csv, args.json (what makes this run), results.json, views.png and neighbors.
 import argparse
 import contextlib
 import copy
-import csv
 import hashlib
 import json
 import math
@@ -25,6 +24,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from probe import (SMALL, STOP_SIGNALS, Parser, accuracy, add_data_flags, any_labels,
-                   average_batch_norm, describe, evaluate, expanded, extract_features, first_line,
+                   average_batch_norm, describe, evaluate, extract_features, first_line,
                    is_main_process, label_fraction, label_use, load_data, load_teacher, make_folder,
                    number, pick_device, print0, read_checkpoint, read_images, refuse_among_data,
                    run_command, save_encoder, save_file, save_json, save_neighbors, save_views)
@@ -104,8 +104,8 @@ def defaults(dataset, image_size, method):
 
 def parse_args(argv=None):
     """Return the flags as given; None where the recipe decides."""
-    parser = Parser(description=__doc__, epilog="Defaults: RECIPES in train.py; each run prints "
-                    "its settings and writes them to args.json.")
+    parser = Parser(description=__doc__, epilog="Defaults: RECIPES in train.py, and each run's "
+                    "args.json. Small networks gain from more epochs.")
     add_experiment_flags(parser)
     add_run_flags(parser)
     return parser.parse_args(argv)
@@ -113,59 +113,53 @@ def parse_args(argv=None):
 
 def add_experiment_flags(parser):
     """Add the flags for networks, teacher and data."""
+    count = number(int, 1, 1e9)
     flag = parser.add_argument_group("what to train").add_argument
-    flag("--method", choices=tuple(METHODS), default="seed", help="moco is the baseline, and trains "
-         "teachers; supervised uses labels; linear and finetune evaluate --init with labels")
+    flag("--method", choices=tuple(METHODS), default="seed", help="seed (default); moco: the "
+         "baseline; supervised: with labels; linear, finetune: evaluate --init with labels")
     flag("--arch", help="a torchvision classification network")
-    flag("--dim", type=number(int, 1, 2**16), help="of the embedding; a student has its teacher's")
-    flag("--hidden-dim", type=number(int, 0, 2**16), help="width of the head's hidden layer; 0: no "
-         "such layer; if not given, that of the features")
-    flag("--init", type=expanded, metavar="FILE", help="weights to start from, like an encoder.pt")
+    flag("--dim", type=count, help="of the embeddings; a student has its teacher's")
+    flag("--hidden-dim", type=number(int, 0, 2**16), help="of the head; 0: no hidden layer")
+    flag("--init", type=expanduser, metavar="FILE", help="start from these weights")
     flag = parser.add_argument_group("the teacher").add_argument
-    flag("--teacher", type=expanded, metavar="PATH_OR_URL", help="a checkpoint, or hub:REPO:ENTRY "
-         "of torch.hub, which runs its code; if not given, a teacher is trained first")
+    flag("--teacher", type=expanduser, metavar="PATH_OR_URL", help="a checkpoint, or hub:REPO:ENTRY, "
+         "which runs that repository's code; if not given, a teacher is trained first")
     flag("--teacher-arch", help="its network, if the file does not name it; or the one to train")
     flag("--teacher-prefix", help="of its keys, if the file has several networks")
-    flag("--teacher-mean", type=float, nargs=3, metavar="M", help="of its pixels, if not "
-         "ImageNet's; SimCLR: 0 0 0")
-    flag("--teacher-std", type=float, nargs=3, metavar="S", help="likewise; SimCLR: 1 1 1")
+    flag("--teacher-mean", type=float, nargs=3, metavar="M", help="of its pixels; SimCLR: 0 0 0")
+    flag("--teacher-std", type=float, nargs=3, metavar="S", help="of its pixels; SimCLR: 1 1 1")
     flag("--teacher-method", choices=("moco", "supervised"), help="how to train it")
-    flag("--teacher-epochs", type=number(int, 1, 1e6), help="a better teacher makes a better student")
-    flag("--teacher-cache", type=expanded, metavar="DIR", help="keep its embeddings for the next "
-         "student")
-    flag("--view-epochs", type=number(int, 1, 1e6), metavar="E", help="repeat the views of E "
-         "epochs, for a small cache")
+    flag("--teacher-epochs", type=count, help="a better teacher makes a better student")
+    flag("--teacher-cache", type=expanduser, metavar="DIR", help="keep its embeddings there")
+    flag("--view-epochs", type=count, metavar="E", help="repeat the views of E epochs: less cache")
     flag = parser.add_argument_group("the data").add_argument
     add_data_flags(flag)
-    flag("--image-size", type=number(int, 8, 4096), help=f"side of a view; up to {SMALL} px, the "
-         "images stay in memory")
-    flag("--small-crops", type=number(int, 0, 64), metavar="N", help="also N views of small parts; "
-         "the authors' code: 6")
+    flag("--image-size", type=number(int, 8, 4096), help=f"of a view; up to {SMALL}: in memory")
+    flag("--small-crops", type=number(int, 0, 64), metavar="N", help="per image; authors' code: 6")
     flag("--small-size", type=number(int, 8, 4096), help="side of a small crop")
 
 
 def add_run_flags(parser):
     """Add the flags for the optimization and the run."""
+    count = number(int, 1, 1e9)
+    temperature = number(float, 1e-6, 1e3)
     flag = parser.add_argument_group("the optimization").add_argument
-    flag("--epochs", type=number(int, 1, 1e6), help="small networks gain from more")
-    flag("--max-steps", type=number(int, 1, 1e12), help="end each stage early; the learning rate "
-         "does not change")
+    flag("--epochs", type=count, help="passes over the images")
+    flag("--max-steps", type=count, help="end each stage early; the learning rate stays the same")
     flag("--batch-size", type=number(int, 2, 1e6), help="images per step, over all processes")
     flag("--lr", type=number(float, 1e-9, 1e3), help="for a batch of 256; scaled by batch/256")
-    flag("--weight-decay", type=number(float, 0, 10), help="of all weights, as in the authors' code")
+    flag("--weight-decay", type=number(float, 0, 10), help="of all weights")
     flag("--warmup-epochs", type=number(float, 0, 1e6), help="raise it if the loss explodes")
-    flag("--queue-size", type=number(int, 1, 1e7), metavar="K", help="about 5%% of the images")
-    flag("--tau-s", type=number(float, 1e-6, 1e3), help="the student's temperature, and MoCo's")
-    flag("--tau-t", type=number(float, 1e-6, 1e3), help="the teacher's; higher: similar images "
-         "count more")
+    flag("--queue-size", type=count, metavar="K", help="about 5%% of the images, at most all")
+    flag("--tau-s", type=temperature, help="the student's temperature, and MoCo's")
+    flag("--tau-t", type=temperature, help="the teacher's; higher: similar images count more")
     flag = parser.add_argument_group("the run").add_argument
-    flag("--out", type=expanded, metavar="DIR", help="its folder; if not given, "
-         "runs/DATASET-METHOD-ARCH")
+    flag("--out", type=expanduser, metavar="DIR", help="default: runs/DATASET-METHOD-ARCH")
     flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-         help="of the networks (%(default)s: bf16 or fp16 on CUDA, otherwise fp32)")
+         help="of the networks; auto (default): bf16 or fp16 on CUDA, otherwise fp32")
     flag("--compile", action="store_true", help="torch.compile the networks; pays in long runs")
-    flag("--save-minutes", type=number(float, 0, 1e6), default=10.0, metavar="M", help="time "
-         "between saves (%(default)s); a run also saves after each epoch and on a signal")
+    flag("--save-minutes", type=number(float, 0, 1e6), default=10.0, metavar="M",
+         help="between saves (%(default)s); also saved: after each epoch and on a signal")
     flag("--eval-every", type=number(int, 0, 1e6), help="epochs between evaluations; 0: none")
     flag("--compare", action="store_true", help="also train by MoCo-v2 and with labels")
     flag("--profile", action="store_true", help="only time some steps, part by part")
@@ -184,6 +178,8 @@ def make_config(args, method, **changes):
         raise InputError("--method linear evaluates an encoder; name its file with --init")
     if method == "finetune" and not args.init:
         cfg.backbone_factor = 1.0
+    if method != "seed":
+        vars(cfg).update(teacher_cache=None, small_crops=0)
     cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 2)
     cfg.out = cfg.out or f"runs/{cfg.dataset}-{cfg.method}-{cfg.arch}"
     return cfg
@@ -194,26 +190,24 @@ def init_distributed(device_name):
     """Join torchrun's process group, if there is one. Return the device of this process."""
     found = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
     if len(found) in (1, 2):
-        raise InputError(f"of torchrun's variables, only {' and '.join(found)} is set; use torchrun "
-                         "for several processes, or unset it")
+        raise InputError(f"only {' and '.join(found)} is set, of torchrun's variables; unset it, "
+                         "or start several processes with torchrun")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
-    if world_size > 1 and device.type == "mps":
-        raise InputError("several processes need NVIDIA GPUs or --device cpu")
     if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         gpus = torch.cuda.device_count()
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= gpus:
+        if device.index >= gpus:
             raise InputError(f"there are only {gpus} GPUs; lower --nproc_per_node")
         if world_size == 1 and gpus > 1:
             print(f"note: {gpus - 1} GPUs are idle; torchrun --nproc_per_node={gpus} uses them")
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True                   # choose the fastest convolutions
+    if world_size > 1 and device.type == "mps":
+        raise InputError("several processes need NVIDIA GPUs or --device cpu")
     if world_size > 1:
         gpu = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2),
-                                device_id=gpu)
+        dist.init_process_group("nccl" if gpu else "gloo", None, timedelta(hours=2), device_id=gpu)
     return device
 
 
@@ -378,7 +372,7 @@ def new_encoder(cfg, init=None):
 
 
 def build(cfg, data, device, teacher=None, init=None):
-    """Return the network to train and its method, on the device. They are equal in all processes."""
+    """Return the network to train and its method, on the device, equal in all processes."""
     encoder = new_encoder(cfg, init)
     shared = (cfg.queue_size, cfg.tau_s, cfg.tau_t)
     if cfg.method == "seed" and cfg.small_crops:
@@ -450,7 +444,7 @@ def train(cfg, data, device, teacher=None, init=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(cfg, data, device, encoder, method, optimizer, scaler, teacher, init)
     steps = run.open()                                          # those that are left
-    cache = TeacherCache(cfg, data, method, dtype) if teacher and cfg.teacher_cache else None
+    cache = TeacherCache(cfg, data, method, dtype) if cfg.teacher_cache else None
     model = compile_and_distribute(method, cfg)
     with note_signals() as run.signals:
         for batch in batches(data.train, cfg, device, view_plan(cfg), steps):
@@ -458,7 +452,10 @@ def train(cfg, data, device, teacher=None, init=None):
                 group["lr"] = group["factor"] * lr_at(batch.step, cfg, run.steps_per_epoch)
             seed_generators(cfg, batch.step)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                targets = cache.targets(batch) if cache else method.targets(batch.views, batch.labels)
+                if cache:
+                    targets = cache.targets(batch)
+                else:
+                    targets = method.targets(batch.views, batch.labels)
                 outputs = model(batch.views)
             loss = method.loss(outputs, targets)
             optimizer.zero_grad()
@@ -508,12 +505,10 @@ def note_signals():
 # ----------------------------------------------------------------------------------- 5. the folder
 def fingerprint(module):
     """Return a hash of all weights and buffers, or None if there is no module."""
-    if module is None:
-        return None
     digest = hashlib.sha256()
-    for value in module.state_dict().values():
+    for value in module.state_dict().values() if module else ():
         digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()[:12] if module else None
 
 
 def run_identity(cfg, data, **fingerprints):
@@ -533,21 +528,22 @@ def differences(saved, current):
 def check_folder(out, identity):
     """Raise InputError if the folder contains anything but this run."""
     found = [name for name in ("last.pt", "encoder.pt", "log.csv") if Path(out, name).exists()]
+    problem = ""
     if not Path(out, "args.json").exists():
         if found:
-            raise InputError(f"{out} has a {found[0]} but no args.json, so it is not the folder of "
-                             "a run; use another --out")
-        return
-    try:
-        other = differences(json.loads(Path(out, "args.json").read_text()), identity)
-    except (AttributeError, ValueError):
-        other = "its args.json is damaged"
-    if other:
-        raise InputError(f"{out} has a run with other settings ({other}); use another --out (--init "
-                         f"{out}/encoder.pt starts from its weights), or delete it")
-    if "encoder.pt" in found and "last.pt" not in found:
-        raise InputError(f"{out} has no last.pt to resume from; use another --out (--init "
-                         f"{out}/encoder.pt starts from its weights), or delete it")
+            problem = f"a {found[0]} but no args.json, so it is not the folder of a run"
+    else:
+        try:
+            other = differences(json.loads(Path(out, "args.json").read_text()), identity)
+        except (AttributeError, ValueError):
+            other = "its args.json is damaged"
+        if other:
+            problem = f"a run with other settings ({other})"
+        elif "encoder.pt" in found and "last.pt" not in found:
+            problem = "no last.pt to resume from"
+    if problem:
+        raise InputError(f"{out} has {problem}; use another --out (--init FILE starts from the "
+                         "weights of an encoder.pt), or delete it")
 
 
 def lock_folder(out, wait=False):
@@ -558,15 +554,14 @@ def lock_folder(out, wait=False):
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise InputError(f"{file.read() or 'another process'} is using {out}; wait for it, or use "
                          "another --out") from None
     except (ImportError, OSError):
-        return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
+        pass
     return file
 
 
@@ -578,17 +573,15 @@ class Run:
         self.data = data
         self.device = device
         self.encoder = encoder
-        self.method = method
-        self.optimizer = optimizer
-        self.scaler = scaler
         self.teacher = teacher
+        self.parts = dict(method=method, optimizer=optimizer, scaler=scaler)
         self.out = Path(cfg.out)
         self.identity = run_identity(cfg, data, teacher_fingerprint=fingerprint(teacher),
                                      init_fingerprint=fingerprint(init))
+        self.start = f", started from: {encoder.provenance}" if init else ""
+        self.labels = [cfg.method in ("supervised", "finetune"), encoder.used_labels]
         self.steps_per_epoch = len(data.train) // cfg.batch_size
         self.last_step = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
-        self.start_provenance = f", started from: {encoder.provenance}" if init else ""
-        self.start_labels = encoder.used_labels
         self.seconds = 0.0                                      # of training, without evaluation
         self.printed = 0.0
 
@@ -599,9 +592,10 @@ class Run:
         if saved:
             first_step = saved["step"]
             self.seconds = saved["seconds"]
-            self.method.load_state_dict({**self.method.state_dict(), **saved["method"]})
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
+            saved["method"] = {**self.parts["method"].state_dict(), **saved["method"]}
+            for name, part in self.parts.items():
+                if saved[name]:                                 # the scaler's is empty without fp16
+                    part.load_state_dict(saved[name])
             verb = "finished before," if first_step >= self.last_step else "resuming"
             print0(f"{verb} at step {first_step}; delete {self.out} to start again")
         self.saved = time.monotonic()
@@ -617,50 +611,53 @@ class Run:
         log = self.out / "log.csv"
         if not (self.out / "last.pt").exists():
             save_json(self.out / "args.json", self.identity)
-            save_views(self.out / "views.png", self.data, self.cfg.crop_scale, self.cfg.blur,
-                       self.cfg.seed)
+            save_views(self.out / "views.png", self.data, self.cfg)
             log.write_text("")
             return None
         try:
             saved = read_checkpoint(self.out / "last.pt")
         except InputError as e:
-            raise InputError(f"{e}; delete {self.out} to start again, or use another --out (--init "
+            raise InputError(f"{e}; delete {self.out}, or use another --out (--init "
                              f"{self.out}/encoder.pt starts from its weights)") from None
         log.touch()
         os.truncate(log, min(saved["log_size"], log.stat().st_size))    # later rows come again
         return saved
 
+    def start_clock(self):
+        self.started = time.perf_counter()
+        self.timed_steps = 0
+        self.waited = 0.0
+
+    def ends_epoch(self, step):
+        return (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.last_step
+
     def is_logged(self, step):
         """Return whether a step has a row in the log: each tenth, and the last of an epoch."""
-        return (step + 1) % LOG_EVERY == 0 or self.ends_epoch(step + 1)
-
-    def ends_epoch(self, steps_done):
-        return steps_done % self.steps_per_epoch == 0 or steps_done == self.last_step
+        return (step + 1) % LOG_EVERY == 0 or self.ends_epoch(step)
 
     def note(self, loss, diagnostics):
         """Keep the numbers for the row of the log. Raise FloatingPointError if they diverged."""
         self.numbers = mean_of_ranks({"loss": loss, **diagnostics})
-        if not all(math.isfinite(value) for value in self.numbers.values()):
-            self.stop_diverged("the loss is not finite")
+        self.check_finite("the loss", self.numbers.values())
 
-    def stop_diverged(self, what):
-        raise FloatingPointError(
-            f"{what}; the last good checkpoint is {self.out}/last.pt, if there is one: with "
-            "--precision fp32 the same command resumes from it. A lower --lr or more "
-            "--warmup-epochs make another run: use another --out, or delete the folder")
+    def check_finite(self, what, values):
+        if not all(map(math.isfinite, values)):
+            raise FloatingPointError(
+                f"{what} is not finite; with --precision fp32, the same command resumes from the "
+                "last good checkpoint. A lower --lr or more --warmup-epochs make another run: use "
+                f"another --out, or delete {self.out}")
 
     def end_step(self, batch):
         """Evaluate if it is due, write the row of the log, save, and stop after a signal. Only the
         main process works here; the others wait for it in the next operation that they share."""
-        steps_done = batch.step + 1
         self.timed_steps += 1
         self.waited += batch.wait
         if self.is_logged(batch.step) and is_main_process():
-            self.write_row(steps_done)
+            self.write_row(batch.step + 1)
         number = self.signal_of_any(batch.step)
         is_due = time.monotonic() - self.saved >= 60 * self.cfg.save_minutes
-        if is_main_process() and (number or is_due or self.ends_epoch(steps_done)):
-            self.save(steps_done)
+        if is_main_process() and (number or is_due or self.ends_epoch(batch.step)):
+            self.save(batch.step + 1)
         if number:
             if dist.is_initialized():
                 dist.barrier()                                  # until the main process has saved
@@ -671,59 +668,50 @@ class Run:
         """Return a signal that a process received, or 0: the same in all processes. Several agree
         on it only at logged steps, where they wait for each other anyway."""
         number = max(self.signals, default=0)
-        if not dist.is_initialized():
-            return number
-        if not self.is_logged(step):
-            return 0
-        shared = torch.tensor(number, device=self.device)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
-        return int(shared)
-
-    def start_clock(self):
-        self.started = time.perf_counter()
-        self.timed_steps = 0
-        self.waited = 0.0
-
-    def lap(self):
-        """Add the time since the clock started to `seconds`, and return it."""
-        took = time.perf_counter() - self.started
-        self.seconds += took
-        return took
+        if dist.is_initialized():
+            number = torch.tensor(number, device=self.device)
+            if self.is_logged(step):
+                dist.all_reduce(number, dist.ReduceOp.MAX)
+            number = int(number) if self.is_logged(step) else 0
+        return number
 
     def evaluate(self):
         """Return the accuracy in percent on the test images: the classifier's, or by kNN."""
-        encoder = self.encoder
-        if self.cfg.method != "linear":
-            encoder = average_batch_norm(encoder, self.data.train, self.cfg.workers)
-        if not isinstance(self.method, Classifier):
-            scores, _ = evaluate(encoder, self.data, self.device, self.cfg.workers, KNN_LIMIT, False)
+        cfg = self.cfg
+        encoder = self.averaged_encoder()
+        if not isinstance(self.parts["method"], Classifier):
+            scores, _ = evaluate(encoder, self.data, self.device, cfg.workers, KNN_LIMIT, False)
             return scores["knn"]
-        x = extract_features(encoder, self.data.test, self.device, self.cfg.workers)
-        y = self.data.test.labels
-        return accuracy(self.method.classifier, x.to(self.device), y.to(self.device))
+        x = extract_features(encoder, self.data.test, self.device, cfg.workers)
+        y = self.data.test.labels.to(self.device)
+        return accuracy(self.parts["method"].classifier, x.to(self.device), y)
+
+    def averaged_encoder(self):
+        """Return the encoder with averaged batch-norm statistics, unless it is frozen."""
+        if self.cfg.method == "linear":
+            return self.encoder
+        return average_batch_norm(self.encoder, self.data.train, self.cfg.workers)
 
     def write_row(self, steps_done):
         """Append a row to log.csv. Print it after ten seconds, and with each evaluation."""
-        took = self.lap()
+        took = time.perf_counter() - self.started
+        self.seconds += took
         epoch = steps_done / self.steps_per_epoch
-        row = dict(step=steps_done, epoch=epoch, lr=self.optimizer.param_groups[0]["lr"],
+        row = dict(step=steps_done, epoch=epoch, lr=self.parts["optimizer"].param_groups[0]["lr"],
                    **self.numbers, waiting=self.waited / took,
-                   images_per_s=self.timed_steps * self.cfg.batch_size / took, accuracy=None)
+                   images_per_s=self.timed_steps * self.cfg.batch_size / took, accuracy="")
         every = self.cfg.eval_every
         if every and epoch % every == 0 and self.data.has_labels and not self.signals:
             row["accuracy"] = self.evaluate()
-        path = self.out / "log.csv"
+        texts = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()]
         try:
-            with open(path, "a", newline="") as file:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                if file.tell() == 0:
-                    writer.writeheader()
-                texts = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
-                writer.writerow(texts)
+            with open(self.out / "log.csv", "a") as file:
+                header = "" if file.tell() else ",".join(row) + "\n"
+                file.write(header + ",".join(texts) + "\n")
         except OSError as e:
-            raise OSError(f"cannot write {path}: {e}") from None
+            raise OSError(f"cannot write {self.out}/log.csv: {e}") from None
         is_last = steps_done == self.last_step
-        if is_last or row["accuracy"] is not None or time.perf_counter() - self.printed > 10:
+        if is_last or row["accuracy"] or time.perf_counter() - self.printed > 10:
             self.printed = time.perf_counter()
             self.print_row(row)
         self.start_clock()
@@ -731,7 +719,7 @@ class Run:
     def print_row(self, row):
         copy = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
         small = f" (small crops: {row['small_loss']:.3f})" if "small_loss" in row else ""
-        score = "" if row["accuracy"] is None else f"  accuracy {row['accuracy']:.1f}%"
+        score = f"  accuracy {row['accuracy']:.1f}%" if row["accuracy"] else ""
         left = int((self.last_step - row["step"]) * self.cfg.batch_size / row["images_per_s"])
         print0(f"{row['step'] / self.last_step:4.0%}  epoch {row['epoch']:.1f}/{self.cfg.epochs}  "
                f"loss {row['loss']:.3f}{copy}{small}  lr {row['lr']:.3g}  "
@@ -739,54 +727,47 @@ class Run:
                f"ETA {left // 60}:{left % 60:02d}{score}")
 
     def save(self, steps_done):
-        """Write encoder.pt, with averaged batch-norm statistics, and then last.pt. So a complete
-        encoder.pt is never older than last.pt."""
-        self.lap()
-        cfg = self.cfg
-        provenance = (f"{METHODS[cfg.method]}, {steps_done / self.steps_per_epoch:.4g} epochs on "
-                      f"{self.data.name}{self.start_provenance}")
-        labels = [cfg.method in ("supervised", "finetune"), self.start_labels]
+        """Write encoder.pt, then last.pt, so that a complete encoder.pt is never the older one."""
+        epochs = f"{steps_done / self.steps_per_epoch:.4g} epochs"
+        provenance = f"{METHODS[self.cfg.method]}, {epochs} on {self.data.name}{self.start}"
+        labels = self.labels
         if self.teacher:
             provenance += f", teacher: {self.teacher.provenance}"
-            labels.append(self.teacher.used_labels)
+            labels = [*labels, self.teacher.used_labels]
         about = (provenance, any_labels(labels))
-        method = {name: value for name, value in self.method.state_dict().items()
-                  if not name.startswith("teacher.")}           # frozen: args.json has its hash
-        if not all(value.isfinite().all() for value in method.values()):
-            self.stop_diverged(f"a weight is not finite after step {steps_done}")
-        encoder = self.encoder
-        if cfg.method != "linear":
-            encoder = average_batch_norm(encoder, self.data.train, cfg.workers)
-        save_encoder(self.out / "encoder.pt", encoder, *about)
-        save_file(self.out / "last.pt", dict(
-            describe(self.encoder, *about), step=steps_done, seconds=self.seconds, method=method,
-            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-            log_size=(self.out / "log.csv").stat().st_size))
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["method"] = {name: value for name, value in state["method"].items()
+                           if not name.startswith("teacher.")}  # frozen: its fingerprint will do
+        self.check_finite("a weight", [x.abs().max() for x in state["method"].values()])
+        save_encoder(self.out / "encoder.pt", self.averaged_encoder(), *about)
+        state.update(describe(self.encoder, *about), step=steps_done, seconds=self.seconds,
+                     log_size=(self.out / "log.csv").stat().st_size)
+        save_file(self.out / "last.pt", state)
         self.saved = time.monotonic()
         self.start_clock()
 
 
 class TeacherCache:
-    """The teacher's embeddings of views, in DIR/z.float32 [E, N, V, D], for the next student: a view
-    depends only on (seed, epoch, image). A row whose norm is not 1 is missing or incomplete, and is
-    computed. DIR/fingerprint.json records what the embeddings depend on."""
+    """The teacher's embeddings of views, in DIR/z.float32 [E, N, V, D], for the next student. A
+    view depends only on (seed, epoch, image). A row whose norm is not 1 is missing or incomplete,
+    and is computed. DIR/fingerprint.json records what the embeddings depend on."""
 
     def __init__(self, cfg, data, method, dtype):
         self.method = method
         path = Path(cfg.teacher_cache)
-        current = dict(teacher=fingerprint(method.teacher), data=data.fingerprint, seed=cfg.seed,
-                       blur=cfg.blur, views=str(view_plan(cfg)), precision=str(dtype))
+        current = dict(teacher_fingerprint=fingerprint(method.teacher), blur=cfg.blur,
+                       data_fingerprint=data.fingerprint, seed=cfg.seed,
+                       views=str(view_plan(cfg)), dtype=str(dtype))
         epochs = min(cfg.view_epochs or cfg.epochs, cfg.epochs)
         shape = (epochs, len(data.train), method.views_per_image, method.teacher.dim)
-        with first_of_node(), lock_folder(path, wait=True):
-            self.file = open(path / "z.float32", "a+b")
-            if self.file.tell() == 0:
+        with first_of_node(), lock_folder(path, wait=True), open(path / "z.float32", "ab") as file:
+            if file.tell() == 0:
                 save_json(path / "fingerprint.json", current)
-            saved = json.loads((path / "fingerprint.json").read_text())
-            if saved != current:
-                raise InputError(f"--teacher-cache {path} has other embeddings "
-                                 f"({differences(saved, current)}); use another folder")
-            self.file.truncate(max(self.file.tell(), 4 * math.prod(shape)))     # a sparse file
+            other = differences(json.loads((path / "fingerprint.json").read_text()), current)
+            if other:
+                raise InputError(f"--teacher-cache {path} has other embeddings ({other}); use "
+                                 "another folder")
+            file.truncate(max(file.tell(), 4 * math.prod(shape)))           # a sparse file
         self.file = open(path / "z.float32", "r+b", buffering=0)
         self.rows = np.memmap(path / "z.float32", np.float32, "r", shape=shape)
 
@@ -797,9 +778,9 @@ class TeacherCache:
             return rows.transpose(0, 1).flatten(0, 1).to(batch.views[0].device)     # [V*B, D]
         z_t = self.method.targets(batch.views)                              # [V*B, D]
         rows = z_t.unflatten(0, (len(batch.views), -1)).transpose(0, 1)     # [B, V, D]
-        for sample, row in zip(batch.samples, rows.cpu().contiguous().numpy()):
-            self.file.seek((batch.epoch * self.rows.shape[1] + int(sample)) * row.nbytes)
-            self.file.write(row.tobytes())                      # OSError if the disk is full
+        for sample, row in zip(batch.samples.tolist(), rows.contiguous().cpu().numpy()):
+            self.file.seek((batch.epoch * self.rows.shape[1] + sample) * row.nbytes)
+            self.file.write(row)                                # OSError if the disk is full
         return z_t
 
 
@@ -830,22 +811,32 @@ def fit_to_data(cfg, data):
 
 
 def get_teacher(args, cfg, data, device):
-    """Return the teacher and its training seconds. Load it, or train it and keep it for the next
-    student. With --profile, random weights are enough."""
+    """Load the teacher, or train it and keep it for the next student. Return it, the seconds of its
+    training, and the settings that it changes. With --profile, random weights are enough."""
     seconds = None
-    if args.teacher or not args.profile:
+    if args.profile and not args.teacher:
+        teacher = Encoder(cfg.teacher_arch, cfg.dim, None, cfg.small_images, cfg.image_size)
+    else:
         path = args.teacher
         if not path:
             path, seconds = train_teacher(args, cfg, data, device)
         teacher = load_teacher_on_all(path, args.teacher_arch, args.teacher_prefix,
                                       args.teacher_mean, args.teacher_std)
-    else:
-        teacher = Encoder(cfg.teacher_arch, cfg.dim, None, cfg.small_images, cfg.image_size)
-    teacher.check_image_size(cfg.image_size)
     if args.dim not in (None, teacher.dim):
         raise InputError(f"--dim {args.dim}: the teacher's embeddings have {teacher.dim} "
                          "dimensions, and so must the student's; omit --dim")
-    return teacher.to(device, memory_format=torch.channels_last), seconds
+    changes = dict(dim=teacher.dim)
+    if teacher.multi_crop and cfg.image_size > SMALL:
+        changes.update(SWAV)
+        if args.small_crops is not None:
+            changes["small_crops"] = args.small_crops
+        print0(f"a teacher like SwAV: crop scale {SWAV['crop_scale']} as in its training, and "
+               f"{changes['small_crops']} small crops (--small-crops)")
+    teacher.check_image_size(cfg.image_size)
+    if changes.get("small_crops", cfg.small_crops):
+        teacher.check_image_size(cfg.small_size)
+    print0(f"\nteacher: {teacher.provenance}, {label_use(teacher.used_labels)}")
+    return teacher.to(device, memory_format=torch.channels_last), seconds, changes
 
 
 def train_teacher(args, cfg, data, device):
@@ -870,28 +861,23 @@ def print_settings(cfg, data):
     """Print the folder, the settings, and the loss at chance level."""
     settings = " ".join(f"{key}={value}" for key, value in sorted(vars(cfg).items()) if value)
     entries = cfg.queue_size + 1 if cfg.method in ("seed", "moco") else len(data.classes)
-    print0(f"  {settings}\n  the loss at chance level is log({entries:,}) = {math.log(entries):.2f}")
+    print0(f"  {settings}\n  loss at chance level: log({entries:,}) = {math.log(entries):.2f}")
 
 
 def profile(cfg, data, device, teacher, init):
     """Time some steps with torch.profiler, in a folder that is deleted. Leave the trace."""
-    stages = ("reading", "augmentation", "targets", "forward", "loss")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")             # the profiler logs every start
     profiler = torch.profiler.profile()
     with tempfile.TemporaryDirectory() as folder, profiler:
         settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0}
         train(argparse.Namespace(**settings), data, device, teacher, init)
-    events = [e for e in profiler.events() if e.name in stages and e.device_type.name == "CPU"]
-    starts = sorted(event.time_range.start for event in events if event.name == "reading")
-    if len(starts) < 2:
-        raise InputError("--profile: the run has a single step, which cannot be timed; raise "
-                         "--epochs")
-    step = np.median(np.diff(starts)) / 1e3
     ms = {}
-    for stage in stages:
-        times = [max(e.cpu_time_total, e.device_time_total) for e in events if e.name == stage]
-        ms[stage] = np.median(times) / 1e3
-    ms["backward, update"] = step - sum(ms.values())
-    ms["whole step"] = step
+    for stage in ("reading", "augmentation", "targets", "forward", "loss"):
+        events = [e for e in profiler.events() if e.name == stage and e.device_type.name == "CPU"]
+        ms[stage] = np.median([max(e.cpu_time_total, e.device_time_total) for e in events]) / 1e3
+        starts = sorted(event.time_range.start for event in events)
+    step = np.median(np.diff(starts)) / 1e3                     # nan for a single step
+    ms.update({"backward, update": step - sum(ms.values()), "whole step": step})
     print0(f"\n{'':18s}ms per step   share  images/s")
     for name, value in ms.items():
         print0(f"{name:18s}{value:11.2f}{value / step:8.0%}{cfg.batch_size / value * 1e3:10.0f}")
@@ -918,20 +904,30 @@ def print_table(rows, data, device, workers, out):
             encoder = load_teacher(encoder)
         encoder = encoder.to(device, memory_format=torch.channels_last)
         scores, material = evaluate(encoder, data, device, workers, TABLE_LIMIT)
-        knn, linear = ["-", "-"]
-        if data.has_labels:
-            knn, linear = [f"{scores[name]:.1f}%" for name in ("knn", "linear")]
+        texts = [f"{scores[name]:.1f}%" if data.has_labels else "-" for name in ("knn", "linear")]
         seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
         labels = {True: "yes", False: "no", None: "unknown"}[encoder.used_labels]
         if encoder.used_labels and "teacher: " in encoder.provenance.split(", started from: ")[0]:
             labels = "by its teacher"
-        print(f"{row['name']:{width}s}  {knn:>6s}  {linear:>6s}  {seconds:>7s}  {labels}",
+        print(f"{row['name']:{width}s}  {texts[0]:>6s}  {texts[1]:>6s}  {seconds:>7s}  {labels}",
               flush=True)
         results.append(dict(name=row["name"], seconds=row["seconds"], labels=labels, **scores))
         if row["encoder"] == f"{out}/encoder.pt":
             save_neighbors(Path(out, "neighbors.png"), *material, data.image_size)
     save_json(Path(out, "results.json"), results)
     print(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbors.png")
+
+
+def students_of(args, cfg, data):
+    """Return the settings of each stage after the teacher: the student and, with --compare, the
+    baselines. Refuse what cannot work."""
+    students = [cfg]
+    for method in ("moco", "supervised") if args.compare else ():
+        if method != cfg.method and (method == "moco" or data.has_labels):
+            students.append(make_config(args, method, out=f"{cfg.out}/{method}"))
+    for student in students:
+        fit_to_data(student, data)
+    return students
 
 
 def main(argv=None):
@@ -949,41 +945,28 @@ def main(argv=None):
     print0(f"{data}; {rank_and_world_size()[1]} process(es) on {device.type}, networks in "
            f"{network_dtype(cfg, device)}")
     untrained = new_encoder(cfg, init)      # a network that cannot be used fails early
+    students = students_of(args, cfg, data)
     rows = [dict(name=f"{cfg.arch}, {'as it starts' if init else 'untrained'}", encoder=untrained,
                  seconds=None)]
-    students = [cfg]
-    if args.compare:
-        others = ["moco", "supervised"] if data.has_labels else ["moco"]
-        students += [make_config(args, other, out=f"{cfg.out}/{other}") for other in others
-                     if other != cfg.method]
-    for student in students:
-        fit_to_data(student, data)
-
     teacher = None
     if cfg.method == "seed":
-        teacher, seconds = get_teacher(args, cfg, data, device)
-        cfg.dim = teacher.dim
-        if teacher.multi_crop and cfg.image_size > SMALL:
-            changes = {key: value for key, value in SWAV.items() if getattr(args, key, None) is None}
-            vars(cfg).update(changes)
-        if cfg.small_crops:
-            teacher.check_image_size(cfg.small_size)
-        print0(f"\nteacher: {teacher.provenance}, {label_use(teacher.used_labels)}")
+        teacher, seconds, changes = get_teacher(args, cfg, data, device)
+        vars(cfg).update(changes)
         rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds))
     if args.profile:
         return profile(cfg, data, device, teacher, init)
     for student in students:
         name = f"{student.arch} by {METHODS[student.method]}"
-        print0(f"\n{'stage 2: ' if student.method == 'seed' else ''}{name}, in {student.out}")
+        print0(f"\n{'stage 2: ' if student.method == 'seed' else ''}{name}")
         print_settings(student, data)
         run = train(student, data, device, teacher if student.method == "seed" else None, init)
         rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=run.seconds))
     if dist.is_initialized():
         dist.destroy_process_group()
     if is_main_process() and cfg.method in ("linear", "finetune"):
-        accuracy_found = run.evaluate()
-        print(f"accuracy of the classifier on the test images: {accuracy_found:.1f}%")
-        save_json(Path(cfg.out, "results.json"), dict(name=name, accuracy=accuracy_found))
+        found = run.evaluate()
+        print(f"accuracy of the classifier on {len(data.test):,} test images: {found:.1f}%")
+        save_json(run.out / "results.json", dict(name=name, accuracy=found))
     elif is_main_process():
         if not init:                        # with statistics of its own, like the other rows
             rows[0]["encoder"] = average_batch_norm(untrained.to(device), data.train, cfg.workers)
