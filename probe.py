@@ -1256,7 +1256,7 @@ def parse_args(argv=None):
     flag("--mean", type=float, nargs=3, metavar="M", help="of its pixels, if not ImageNet's")
     flag("--std", type=float, nargs=3, metavar="S", help="likewise")
     flag("--image-size", type=number(int, 8, 4096), help="default: that of its training")
-    flag("--out", type=expanduser, metavar="DIR", help="default: beside the encoder's file, or here")
+    flag("--out", type=expanduser, metavar="DIR", help="default: beside the encoder, or here")
     add_data_flags(flag)
     return parser.parse_args(argv)
 

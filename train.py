@@ -122,8 +122,8 @@ def add_experiment_flags(parser):
     flag("--hidden-dim", type=number(int, 0, 2**16), help="of the head; 0: no hidden layer")
     flag("--init", type=expanduser, metavar="FILE", help="start from these weights")
     flag = parser.add_argument_group("the teacher").add_argument
-    flag("--teacher", type=expanduser, metavar="PATH_OR_URL", help="a checkpoint, or hub:REPO:ENTRY, "
-         "which runs that repository's code; if not given, a teacher is trained first")
+    flag("--teacher", type=expanduser, metavar="PATH_OR_URL", help="a file, URL or hub:REPO:ENTRY, "
+         "which runs code; if not given, a teacher is trained first")
     flag("--teacher-arch", help="its network, if the file does not name it; or the one to train")
     flag("--teacher-prefix", help="of its keys, if the file has several networks")
     flag("--teacher-mean", type=float, nargs=3, metavar="M", help="of its pixels; SimCLR: 0 0 0")
