@@ -39,7 +39,7 @@ from probe import (SMALL, STOP_SIGNALS, Parser, accuracy, add_data_flags, any_la
                    is_main_process, label_fraction, label_use, load_data, load_teacher, make_folder,
                    number, pick_device, print0, read_checkpoint, read_images, refuse_among_data,
                    run_command, save_encoder, save_file, save_json, save_neighbors, save_views)
-from seed import (SEED, Encoder, FeatureQueue, InputError, MoCo, SmallCropSEED, Supervised, augment,
+from seed import (SEED, Encoder, InputError, MoCo, SmallCropSEED, Supervised, augment,
                   rank_and_world_size, uniforms)
 
 METHODS = dict(seed="SEED", moco="MoCo-v2", supervised="supervision", linear="the linear probe",
@@ -249,15 +249,6 @@ def load_teacher_on_all(path, *args):
     return from_main_process(load_teacher, path, *args)
 
 
-def load_data_on_all(*args):
-    """Call `load_data` in all processes. Raise InputError if two nodes have different images."""
-    with first_of_node():
-        data = load_data(*args)
-    if data.fingerprint != from_main_process(getattr, data, "fingerprint"):
-        raise InputError(f"the images on {platform.node()} differ from those on the first node")
-    return data
-
-
 def mean_of_ranks(values):
     """Return a dict of scalar tensors as floats, averaged over processes. Waits for the device."""
     means = torch.stack([value.detach().float() for value in values.values()])
@@ -403,9 +394,9 @@ def make_optimizer(method, cfg):
 def compile_and_distribute(method, cfg):
     """Return the method as the loop calls it: with --compile compiled, and with several processes
     averaging its gradients."""
-    for network in method.children():
-        if cfg.compile and not isinstance(network, FeatureQueue):
-            network.compile()
+    for network in method.modules():
+        if cfg.compile and isinstance(network, Encoder):
+            network.backbone.compile()
     if not dist.is_initialized():
         return method
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)    # of torch 2.14
@@ -598,6 +589,9 @@ class Run:
                     part.load_state_dict(saved[name])
             verb = "finished before," if first_step >= self.last_step else "resuming"
             print0(f"{verb} at step {first_step}; delete {self.out} to start again")
+            if is_main_process() and not (self.out / "encoder.pt").exists():
+                save_encoder(self.out / "encoder.pt", self.averaged_encoder(), saved["provenance"],
+                             saved["used_labels"])
         self.saved = time.monotonic()
         self.start_clock()
         return range(first_step, max(first_step, self.last_step))
@@ -939,7 +933,10 @@ def main(argv=None):
         args.arch = init.arch
         args.image_size = args.image_size or init.image_size
     cfg = make_config(args, args.method)
-    data = load_data_on_all(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
+    with first_of_node():
+        data = load_data(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
+    if data.fingerprint != from_main_process(getattr, data, "fingerprint"):
+        raise InputError(f"the images on {platform.node()} differ from those on the first node")
     if cfg.label_fraction < 1 and data.has_labels:
         data.train = label_fraction(data.train, cfg.label_fraction, cfg.seed)
     print0(f"{data}; {rank_and_world_size()[1]} process(es) on {device.type}, networks in "

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from probe import average_batch_norm, batches, load_data
+from probe import average_batch_norm, load_data
 from seed import info_nce
 
 CPU = torch.device("cpu")
@@ -29,11 +29,11 @@ def measure(method, cfg, data, step, renew):
     views = train.view_plan(cfg)
     if renew:
         before = range(step - cfg.queue_size // cfg.batch_size, step)
-        earlier = batches(data.train, cfg, CPU, views, before)
+        earlier = train.batches(data.train, cfg, CPU, views, before)
         keys = [method.targets(batch.views) for batch in earlier]
         method.queue.features = torch.cat(keys)                 # [K, D], the same images
     found = []
-    for batch in batches(data.train, cfg, CPU, views, range(step, step + 8)):
+    for batch in train.batches(data.train, cfg, CPU, views, range(step, step + 8)):
         key = method.targets(batch.views)                       # [B, D]
         query = method(batch.views)                             # [B, D]
         loss = info_nce(query, key, method.queue.features, cfg.tau_s)
