@@ -502,7 +502,7 @@ def load_teacher(path_or_url, arch=None, prefix=None, mean=None, std=None):
         return load_from_hub(path, pixels)
     file = read_checkpoint(path)
     tensors = name_children(flatten(file))
-    arch = arch or arch_in_file(file, path)
+    arch = network_name(arch, file, path)
     prefix, others = find_backbone(tensors, arch, prefix, path)
     arch = arch or resnet_name(tensors, prefix)
     teacher = new_teacher(file, arch, tensors.get(f"{prefix}conv1.weight"), pixels, path)
@@ -529,8 +529,7 @@ def new_teacher(file, arch, stem, pixels, path):
         if file.get("format") == "seed-encoder":
             names = ("dim", "hidden_dim", "small_images", "image_size", "mean", "std")
             options = {name: file[name] for name in names}
-        if re.fullmatch(r"resnet\d+(w\d)?", arch) and stem is not None and len(stem) > 64:
-            arch = arch.split("w")[0]
+        if re.fullmatch(r"resnet\d+", arch) and stem is not None and len(stem) > 64:
             options["backbone"] = wide_resnet(arch, len(stem) // 64)
             arch = f"{arch}w{len(stem) // 64}"
         teacher = Encoder(arch, **{**options, **pixels})
@@ -596,14 +595,15 @@ def name_children(tensors):
     return renamed
 
 
-def arch_in_file(file, path):
-    """Return the network's name in a checkpoint, or None. Raise InputError if it is unknown."""
-    arch = file.get("arch", getattr(file.get("args"), "arch", None))
-    if not isinstance(arch, str):
+def network_name(arch, file, path):
+    """Return the given name of a network, or the one in a checkpoint, or None. Raise InputError if
+    the file has one that torchvision does not know."""
+    found = arch or file.get("arch", getattr(file.get("args"), "arch", None))
+    if not isinstance(found, str):
         return None
-    name = re.sub(r"^(resnet\d+)[wx]\d$", r"\1", arch.lower())         # a wider ResNet
-    if name not in torchvision.models.list_models():
-        raise InputError(f"{path} is a {arch}, which torchvision does not have. If one of its "
+    name = re.sub(r"^(resnet\d+)[wx]\d$", r"\1", found.lower())        # a wider ResNet
+    if arch is None and name not in torchvision.models.list_models():
+        raise InputError(f"{path} is a {found}, which torchvision does not have. If one of its "
                          "networks computes the same, name that with --teacher-arch")
     return name
 
