@@ -275,16 +275,15 @@ def paths_below(top, files):
 
 
 def class_folders(files, top):
-    """Return for each file the name of its folder directly below `top`, or "" if it is in none."""
-    return [path.split(os.sep)[0] if os.sep in path else "" for path in paths_below(top, files)]
+    """Return the name of each file's folder directly below `top`, or "" if it is in none."""
+    return [path.rpartition(os.sep)[0].split(os.sep)[0] for path in paths_below(top, files)]
 
 
 def number_labels(folders, classes):
     """Return class indices, int64 [N], or None without classes or if an image is in none."""
-    number = {name: i for i, name in enumerate(classes)}
     if not classes or "" in folders:
         return None
-    return torch.tensor([number[folder] for folder in folders], dtype=torch.long)
+    return torch.tensor(np.searchsorted(classes, folders))
 
 
 def read_crops(path, sizes, choose_boxes):
@@ -358,7 +357,7 @@ class Crops(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        sizes = [size for size, _ in self.views]
+        file = os.fsdecode(self.files[index])
 
         def choose_boxes(height, width):
             boxes = []
@@ -370,7 +369,7 @@ class Crops(Dataset):
                     boxes += crop_box(u, height, width, scale).tolist()
             return boxes
 
-        file = os.fsdecode(self.files[index])
+        sizes = [size for size, _ in self.views]
         try:
             return read_crops(file, sizes, choose_boxes), ""
         except InputError:
@@ -946,14 +945,11 @@ def extract_features(encoder, split, device="cpu", workers=0):
 def nearest_neighbors(queries, bank, k=10):
     """Return the cosine similarities [M, k] and indices [M, k] of the k rows of `bank` [N, F] that
     are most similar to each of the queries [M, F]."""
-    bank = F.normalize(bank, dim=1)
-    similarities = []
-    indices = []
-    for part in queries.split(128):                             # [128, N] at a time
-        top = (F.normalize(part, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
-        similarities.append(top.values)
-        indices.append(top.indices)
-    return torch.cat(similarities), torch.cat(indices)
+    bank = F.normalize(bank, dim=1).T
+    k = min(k, bank.shape[1])
+    parts = F.normalize(queries, dim=1).split(128)              # [128, N] similarities at a time
+    found = [(part @ bank).topk(k, dim=1) for part in parts]
+    return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
 
 
 def knn(train_x, train_y, test_x, test_y, k=10):
@@ -1024,11 +1020,10 @@ def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
 
     Returns: scores, a dict of knn and linear (percent) and rate (of the linear probe), which are
     None without labels; and for `save_neighbors` both splits and their features."""
-    splits = []
-    for split in (data.train, data.test):
+    splits = [data.train, data.test]
+    for i, split in enumerate(splits):
         if limit and len(split) > limit:
-            split = split.subset(np.random.default_rng(0).permutation(len(split))[:limit])
-        splits.append(split)
+            splits[i] = split.subset(np.random.default_rng(0).permutation(len(split))[:limit])
     features = [extract_features(encoder, split, device, workers) for split in splits]
     scores = dict(knn=None, linear=None, rate=None)
     if data.has_labels:
