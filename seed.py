@@ -15,7 +15,7 @@ distribution. Both networks see the same view, a randomly cropped and recolored 
                    |                            v                              |
                    +-> teacher -> z_t --> z_t . d_j / tau_t -> softmax -> p_t -+
                        (frozen)    |
-                                   +--> after the step: z_t enters the queue, the oldest leaves
+                                   +--> after `backward`: z_t enters the queue, the oldest leaves
 
 Letters in shapes (a line that changes a tensor's shape ends in the new shape):
     B  images in the batch of one process      D  dimension of an embedding (128)
@@ -24,9 +24,9 @@ Letters in shapes (a line that changes a tensor's shape ends in the new shape):
     C  classes                                 H, W  height and width of an image in pixels
     U  uniform numbers that determine a view
 
-The authors' code (github.com/jacobswan1/SEED) uses tau_t = 1e-4 and clones the queue, because it
-enqueues before `backward`. A re-implementation (github.com/zhangyifei01/SEED_ICLR21) uses 0.01.
-This code uses 0.01 and enqueues after `backward`, which gives the same loss without a clone.
+The authors' code (github.com/jacobswan1/SEED) uses tau_t = 1e-4. It enqueues before `backward` and
+therefore clones the queue. A re-implementation (github.com/zhangyifei01/SEED_ICLR21) uses 0.01.
+This code uses 0.01 and enqueues after `backward`. The loss is the same, and no clone is needed.
 `python seed.py` trains a toy in seconds. The training loop is `train` in train.py."""
 import copy
 import difflib
@@ -45,15 +45,15 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 def similarity_logits(z, own, queue, tau):
     """Return the cosine similarities of each z to d_0 = own and d_1 ... d_K = queue, over tau.
 
-    Args: z, own: float [B, D]; queue: float [K, D]; all rows have unit norm; tau: above 0.
+    Args: z: float [B, D]; own: float [B, D], the teacher's embeddings of the same views; queue:
+        float [K, D]; all rows have unit norm; tau: above 0.
     Returns: float32 [B, 1+K]. Raises: ValueError for other shapes or a tau of 0 or below."""
     if z.ndim != 2 or own.shape != z.shape or queue.ndim != 2 or queue.shape[1] != z.shape[1]:
         shapes = [list(x.shape) for x in (z, own, queue)]
         raise ValueError(f"expected shapes [B, D], [B, D] and [K, D], got {shapes}")
     if not tau > 0:
         raise ValueError(f"a temperature must be above 0, got {tau}")
-    # bf16 rounds a cosine near 1 to steps of 0.004. Divided by tau = 0.01, a step is 0.4 in a
-    # logit. So autocast is off here.
+    # No autocast: bf16 rounds a cosine near 1 to steps of 0.004, or 0.4 in a logit at tau = 0.01.
     with torch.autocast(z.device.type, enabled=False):
         z = z.float() / tau                                 # cheaper than dividing the logits
         to_own = (z * own.float()).sum(dim=1, keepdim=True)             # [B, 1]
@@ -71,10 +71,12 @@ def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
     Both networks are compared with the teacher's entries. This ties the two embedding spaces
     together: the student must place an image near the teacher's embeddings of similar images.
 
-    tau_t controls how much similar images count. The image's own entry d_0 always has the largest
-    similarity, 1. As tau_t -> 0, p_t puts all its weight there, and the loss becomes `info_nce`,
-    where every other image is a negative. As tau_t -> infinity, p_t becomes uniform and carries no
-    information. In between, images that the teacher finds similar share the weight.
+    tau_t controls how much similar images count. The image's own entry d_0 is the most similar one.
+    As tau_t -> 0, p_t puts all its weight there, and the loss becomes `info_nce`, where every other
+    image is a negative. As tau_t -> infinity, p_t becomes uniform and carries no information. In
+    between, images that the teacher finds similar share the weight. How much depends on the
+    teacher: at 0.01, p_t[0] is 0.96 in the toy below, but 0.22 for the default run of train.py (and
+    0.02 at 0.05). Try 0.01 to 0.1, and watch `self_prob`.
 
     Args: z_s: float [B, D], the student's embeddings, the only input that receives a gradient;
         z_t: float [B, D], the teacher's embeddings of the same views; queue: float [K, D], earlier
@@ -99,14 +101,14 @@ def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
 def seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
     """Return what shows whether a run is healthy: a dict of scalars. Arguments as in `seed_loss`.
 
-    The loss starts near log(1 + K) and never reaches 0. It is the sum of two parts:
+    An untrained student has a loss near log(1 + K). The loss never reaches 0: it is the sum of
         entropy: H(p_t) in nats, which the student cannot change; p_t covers about e^entropy entries
-        kl: loss - entropy, which depends on the student
-    Even a perfect copy of the teacher has a kl above 0 if tau_s > tau_t, because its p_s is flatter
-    than p_t. So compare the loss with
-        loss_of_a_copy: the loss if z_s were z_t. It is not quite the minimum: a good student may
-            come out below it.
-    Two numbers say how much p_t resembles the one-hot target of contrastive learning:
+        kl: loss - entropy, which the student reduces, but not to 0. Similarities are at most 1, so
+            p_s cannot be as peaked as p_t if tau_s > tau_t, even for a copy of the teacher.
+    So compare the loss with
+        loss_of_a_copy: the loss if z_s were z_t. A good student may have a lower one, because it
+            is trained for this loss and the copy is not.
+    Two numbers show whether p_t is one-hot, as in contrastive learning, and whether p_s follows:
         self_prob: p_t's weight on the image's own entry
         top1_agreement: fraction of images whose own entry the student ranks first, as the teacher
             always does"""
@@ -150,8 +152,8 @@ class FeatureQueue(nn.Module):
     to tell apart from it, but a real embedding is not. The loss may therefore *rise* until the
     queue is full. The toy below shows it.
 
-    Buffers: features: float32 [size, dim], unit-norm rows, which must start equal in all processes
-        (DistributedDataParallel copies them); seen: int64, the number of embeddings ever enqueued.
+    Buffers: features: float32 [size, dim], unit-norm rows, equal in all processes (at the start,
+        DistributedDataParallel copies them); seen: int64, the number of embeddings ever enqueued.
     Raises: ValueError if size or dim is below 1, or for embeddings of another dimension."""
 
     def __init__(self, size, dim):
@@ -183,7 +185,7 @@ class SEED(nn.Module):
     """Self-supervised distillation: the student learns the teacher's similarity distributions.
 
     The training step is in `toy` below, and is the same for every method of this project. Methods
-    receive a list of `views_per_image` views, tensors [B, 3, S, S].
+    receive a list of `views_per_image` views, here one: images [B, 3, S, S], or what you train on.
 
     Args: student, teacher: any modules that turn a view into embeddings [B, D] and have an
         attribute `dim` = D. SEED normalizes the embeddings and freezes the teacher.
@@ -202,7 +204,7 @@ class SEED(nn.Module):
         self.queue = FeatureQueue(queue_size, dim_t)
         self.tau_s = tau_s
         self.tau_t = tau_t
-        self.train()                                        # the teacher: evaluation mode
+        self.train()                                        # see `train`: not the teacher
 
     def train(self, mode=True):
         """Set the student's mode. The teacher always stays in evaluation mode.
@@ -236,8 +238,9 @@ class SEED(nn.Module):
         return dict(found, queue_filled=self.queue.filled)
 
     def after_step(self, z_t):
-        """Enqueue z_t. Call this after `backward`, because autograd still needs the old entries.
-        Before `loss`, each image's own entry would appear twice."""
+        """Enqueue z_t. Call this after `backward`, which still needs the old entries: otherwise
+        autograd raises an error. Before `loss`, nothing would fail, but each image's own entry
+        would appear twice."""
         self.queue.enqueue(z_t)
 
 
@@ -250,7 +253,12 @@ class TinyNetwork(nn.Sequential):
 
 
 def toy():
-    """Distill a random network into a smaller one, on noisy copies of 300 points."""
+    """Distill a random network into a smaller one, on noisy copies of 300 points. It prints:
+
+    step   0  loss 7.64  kl 7.64  entropy 0.00  loss_of_a_copy 2.75  self_prob 1.00 ...
+    step   3  loss 6.10  kl 6.05  entropy 0.06  loss_of_a_copy 3.32  self_prob 0.99 ...
+    step  10  loss 6.67  kl 6.52  entropy 0.15  loss_of_a_copy 3.90  self_prob 0.96 ...
+    step 300  loss 3.79  kl 3.64  entropy 0.15  loss_of_a_copy 3.87  self_prob 0.96 ..."""
     torch.manual_seed(0)
     points = torch.randn(300, 32)
     student = TinyNetwork(hidden=64)
@@ -268,7 +276,6 @@ def toy():
             values = [f"{name} {x:.2f}" for name, x in method.diagnostics(z_s, z_t).items()]
             print(f"step {step:3d}  loss {loss:.2f}  " + "  ".join(values))
         method.after_step(z_t)                              # only now the queue moves on
-    print("\nThe loss falls to about that of a copy of the teacher, not to 0.")
 
 
 # The method is complete here. What follows serves it: networks, views, small crops and baselines.
@@ -292,9 +299,9 @@ class Encoder(nn.Module):
         head's hidden layer; None: F, as in the authors' code; 0: no hidden layer.
         small_images: see `adapt_stem_for_small_images`; image_size: S; mean, std: of each color
         channel; backbone: your own module [B, 3, S, S] -> [B, F], instead of torchvision's.
-    Attributes: feature_dim: F, the number of features; provenance: a line on its training;
-        used_labels: whether it used labels, None if unknown; multi_crop: whether it used small
-        crops. Raises: InputError for an unknown name, or an image size that does not fit."""
+    Attributes: feature_dim: F; provenance: a line on its training; used_labels: whether it used
+        labels, None if unknown; multi_crop: whether it used small crops.
+    Raises: InputError for an unknown name, or an image size that does not fit."""
 
     def __init__(self, arch, dim=128, hidden_dim=None, small_images=False, image_size=224,
                  backbone=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -328,7 +335,7 @@ class Encoder(nn.Module):
         """Return the number of features. Raise InputError if images of this size do not pass."""
         device = "meta" if self.last_layer else "cpu"       # "meta": compute only shapes
         network = copy.deepcopy(self.backbone).to(device)
-        network.train(device == "meta")                     # GoogLeNet then returns three tensors
+        network.train(device == "meta")                     # so GoogLeNet, with 3 outputs, fails
         try:
             with torch.no_grad():
                 _, feature_dim = network(torch.zeros(2, 3, size, size, device=device)).shape
@@ -348,8 +355,8 @@ class Encoder(nn.Module):
 
 
 def to_float(images):
-    """Convert uint8 in 0..255 to float32 in 0..1, and any float to float32."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    """Convert uint8 in 0..255, or floats in 0..1, to float32 in 0..1."""
+    return images / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def torchvision_backbone(arch):
@@ -395,7 +402,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def splitmix64(x):
-    """Mix the bits of a uint64 array until each looks random (Steele et al., 2014). Sums and
+    """Mix the bits of a uint64 array until each looks random (Steele et al., 2014); sums and
     products wrap around. (A NumPy generator for each view would take 50 times as long.)"""
     x = x + GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -419,8 +426,8 @@ def crop_box(u, height, width, scale=(0.2, 1.0)):
     """Return the boxes of random resized crops: float32 [B, 4] = top, left, height, width in px.
 
     As in torchvision, the area is uniform in `scale`, a fraction of the image, and the logarithm of
-    the aspect ratio is uniform in 3/4 .. 4/3. Use the first of ten candidates that fits. If none
-    fits, use the largest box within these ratios. u: [B, U] on the CPU."""
+    the aspect ratio in 3/4 .. 4/3. The first of ten candidates that fits is used; if none fits, the
+    largest box within these ratios. u: [B, U] on the CPU."""
     u = u.numpy()                                           # NumPy is fastest for a single image
     area = (scale[0] + u[:, AREA] * (scale[1] - scale[0])) * float(height * width)    # [B, 10]
     ratio = np.exp((2 * u[:, RATIO] - 1) * math.log(4 / 3))             # [B, 10], width / height
@@ -491,10 +498,10 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True, color=True):
     The same u gives the same view. (The authors' code jitters in random order and crops at whole
     pixels.) Call this outside autocast.
 
-    Args: images: uint8 [B, 3, H, W], or float in 0..1, on any device; u: float [B, U] from
-        `uniforms`, on the CPU; size: S, the side of the view, or None for H; scale: the crop's area
-        as a fraction of the image, or None for no crop; blur: off for small images, as in MoCo's
-        CIFAR demonstration; color: off for training with labels, which only crops and flips.
+    images: uint8 [B, 3, H, W], or float in 0..1, on any device. u: float [B, U] from `uniforms`, on
+    the CPU. size: S, the side of the view, or None for H. scale: the crop's area as a fraction of
+    the image, or None for no crop. blur: off for small images, as in MoCo's CIFAR demonstration.
+    color: off for training with labels, which only crops and flips.
     Returns: float32 [B, 3, S, S] in 0..1; without a crop [B, 3, H, W]. Raises: ValueError."""
     if images.ndim != 4 or images.shape[1] != 3 or u.shape != (len(images), UNIFORMS):
         shapes = [list(x.shape) for x in (images, u)]
@@ -576,10 +583,10 @@ class SmallCropSEED(SEED):
 
 # ----------------------------------------------------------------------------------- 7. baselines
 def info_nce(query, key, queue, tau=0.2):
-    """Return MoCo's contrastive loss, the limit of `seed_loss` as tau_t -> 0: a float32 scalar.
+    """Return MoCo's contrastive loss, which `seed_loss` becomes as tau_t -> 0: a float32 scalar.
 
     query, key: float [B, D], of two views of the same images; only `query` receives a gradient.
-    queue: float [K, D], keys of other images. All rows have unit norm; tau is above 0."""
+    queue: float [K, D], keys of other images. All rows have unit norm."""
     logits = similarity_logits(query, key.detach(), queue.detach(), tau)       # [B, 1+K]
     positive = torch.zeros(len(logits), dtype=torch.long, device=logits.device)    # [B], column 0
     return F.cross_entropy(logits, positive)
@@ -643,10 +650,9 @@ class MoCo(nn.Module):
 
 
 class Supervised(nn.Module):
-    """Training with labels, the upper bound: softmax over z . w_c / tau, with unit vectors w_c.
-
-    The loss goes through the projection head, so the head of a network trained here can be
-    distilled. Args: encoder: the network to train; classes: C; tau: temperature."""
+    """Training with labels, the upper bound: softmax over z . w_c / tau, with unit vectors w_c. The
+    loss goes through the head, which can therefore be distilled.
+    Args: encoder: the network to train; classes: C; tau: temperature."""
     views_per_image = 1
 
     def __init__(self, encoder, classes, tau=0.1):
