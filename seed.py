@@ -112,14 +112,13 @@ def seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
         self_prob: p_t's weight on the image's own entry
         top1_agreement: fraction of images whose own entry the student ranks first, as the teacher
             always does"""
-    loss = seed_loss(z_s, z_t, queue, tau_s, tau_t)
-    loss_of_a_copy = seed_loss(z_t, z_t, queue, tau_s, tau_t)
     p_t = similarity_logits(z_t, z_t, queue, tau_t).softmax(dim=1)             # [B, 1+K]
     logits_s = similarity_logits(z_s, z_t, queue, tau_s)                       # [B, 1+K]
     entropy = torch.special.entr(p_t).sum(dim=1).mean()
-    agreement = (logits_s.argmax(dim=1) == 0).float().mean()
-    return dict(kl=loss - entropy, entropy=entropy, loss_of_a_copy=loss_of_a_copy,
-                self_prob=p_t[:, 0].mean(), top1_agreement=agreement)
+    return dict(kl=seed_loss(z_s, z_t, queue, tau_s, tau_t) - entropy, entropy=entropy,
+                loss_of_a_copy=seed_loss(z_t, z_t, queue, tau_s, tau_t),
+                self_prob=p_t[:, 0].mean(),
+                top1_agreement=(logits_s.argmax(dim=1) == 0).float().mean())
 
 
 # ------------------------------------------------------------------------------------ 2. the queue
@@ -527,7 +526,6 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True, color=True):
     x = torch.lerp(mean_gray, x, contrast).clamp_(0, 1)
     x = torch.lerp(rgb_to_grayscale(x), x, saturation).clamp_(0, 1)
     x = adjust_hue(x, HUE_STRENGTH * jittered * (2 * number[HUE] - 1))
-
     x = torch.where(number[GRAY] < GRAY_P, rgb_to_grayscale(x), x)
     if blur and len(blurred):
         sigma = MIN_SIGMA + (MAX_SIGMA - MIN_SIGMA) * u[blurred, SIGMA]
@@ -675,8 +673,8 @@ class Supervised(nn.Module):
     def diagnostics(self, logits, labels):                              # accuracy on the batch
         return dict(top1_agreement=(logits.argmax(dim=1) == labels).float().mean())
 
-    def after_step(self, labels):
-        pass                                                            # there is no queue
+    def after_step(self, labels):                                       # there is no queue
+        pass
 
 
 if __name__ == "__main__":
