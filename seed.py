@@ -284,15 +284,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class InputError(ValueError):
-    """A wrong file, name or setting: one line says what is wrong and what to do."""
+    """A wrong file, name or setting. One line says what is wrong and what to do."""
 
 
 class Encoder(nn.Module):
     """A torchvision classification network with a projection head instead of its final Linear.
 
     The head is the authors' Linear, ReLU, Linear. The encoder itself normalizes views, which are
-    pixels in 0..1. So networks that expect different pixels can see the same views.
-
+    pixels in 0..1, so networks that expect different pixels can see the same views.
     Args: arch: the name of a torchvision classification network, such as "mobilenet_v3_large".
         dim: D; None: no head, the embedding is the normalized features. hidden_dim: width of the
         head's hidden layer; None: F, as in the authors' code; 0: no hidden layer.
