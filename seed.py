@@ -42,21 +42,21 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 
 # ------------------------------------------------------------------------------------- 1. the loss
-def similarity_logits(z, own, queue, tau):
-    """Return the cosine similarities of each z to d_0 = own and d_1 ... d_K = queue, over tau.
+def similarity_logits(z, own_entry, queue, tau):
+    """Return the cosine similarities of z to d_0 (own_entry) and d_1 ... d_K (queue), over tau.
 
-    Args: z: float [B, D]; own: float [B, D], the teacher's embeddings of the same views; queue:
-        float [K, D]; all rows have unit norm; tau: above 0.
+    Args: z: float [B, D]; own_entry: float [B, D], the teacher's embeddings of the same views;
+        queue: float [K, D]; all rows have unit norm; tau: above 0.
     Returns: float32 [B, 1+K]. Raises: ValueError for other shapes or a tau of 0 or below."""
-    if z.ndim != 2 or own.shape != z.shape or queue.ndim != 2 or queue.shape[1] != z.shape[1]:
-        shapes = [list(x.shape) for x in (z, own, queue)]
+    if z.ndim != 2 or own_entry.shape != z.shape or queue.ndim != 2 or queue.shape[1] != z.shape[1]:
+        shapes = [list(x.shape) for x in (z, own_entry, queue)]
         raise ValueError(f"expected shapes [B, D], [B, D] and [K, D], got {shapes}")
     if not tau > 0:
         raise ValueError(f"a temperature must be above 0, got {tau}")
     # No autocast: bf16 rounds a cosine near 1 to steps of 0.004, or 0.4 in a logit at tau = 0.01.
     with torch.autocast(z.device.type, enabled=False):
         z = z.float() / tau                                 # cheaper than dividing the logits
-        to_own = (z * own.float()).sum(dim=1, keepdim=True)             # [B, 1]
+        to_own = (z * own_entry.float()).sum(dim=1, keepdim=True)       # [B, 1]
         to_queue = z @ queue.float().T                                  # [B, K]
         return torch.cat([to_own, to_queue], dim=1)                     # [B, 1+K]
 
@@ -114,8 +114,9 @@ def seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
             always does"""
     p_t = similarity_logits(z_t, z_t, queue, tau_t).softmax(dim=1)             # [B, 1+K]
     logits_s = similarity_logits(z_s, z_t, queue, tau_s)                       # [B, 1+K]
+    loss = -(p_t * logits_s.log_softmax(dim=1)).sum(dim=1).mean()
     entropy = torch.special.entr(p_t).sum(dim=1).mean()
-    return dict(kl=seed_loss(z_s, z_t, queue, tau_s, tau_t) - entropy, entropy=entropy,
+    return dict(kl=loss - entropy, entropy=entropy,
                 loss_of_a_copy=seed_loss(z_t, z_t, queue, tau_s, tau_t),
                 self_prob=p_t[:, 0].mean(),
                 top1_agreement=(logits_s.argmax(dim=1) == 0).float().mean())
@@ -151,8 +152,8 @@ class FeatureQueue(nn.Module):
     to tell apart from it, but a real embedding is not. The loss may therefore *rise* until the
     queue is full. The toy below shows it.
 
-    Buffers: features: float32 [size, dim], unit-norm rows, equal in all processes (at the start,
-        DistributedDataParallel copies them); seen: int64, the number of embeddings ever enqueued.
+    Buffers: features: float32 [size, dim], unit-norm rows, equal in all processes if they start
+        with the same seed, as in train.py; seen: int64, the number of embeddings ever enqueued.
     Raises: ValueError if size or dim is below 1, or for embeddings of another dimension."""
 
     def __init__(self, size, dim):
@@ -400,8 +401,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def splitmix64(x):
-    """Mix the bits of a uint64 array until each looks random (Steele et al., 2014); sums and
-    products wrap around. (A NumPy generator for each view would take 50 times as long.)"""
+    """Mix the bits of a uint64 array (Steele et al., 2014). Sums and products wrap around."""
     x = x + GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -511,21 +511,21 @@ def augment(images, u, size=None, scale=(0.2, 1.0), blur=True, color=True):
     # Computed on the CPU, because nonzero() on a GPU would make the program wait for it.
     blurred = (u[:, BLUR] < BLUR_P).nonzero()[:, 0].to(x.device, non_blocking=True)
     u = u.to(x.device, non_blocking=True)
-    number = u[:, :, None, None, None].unbind(1)            # number[FLIP]: [B, 1, 1, 1]
-    x = torch.where(number[FLIP] < FLIP_P, x.flip(3), x)
+    draw = u[:, :, None, None, None].unbind(1)              # draw[FLIP]: [B, 1, 1, 1]
+    x = torch.where(draw[FLIP] < FLIP_P, x.flip(3), x)
     if not color:
         return x
 
-    jittered = (number[JITTER] < JITTER_P).float()                      # [B, 1, 1, 1], 0 or 1
+    jittered = (draw[JITTER] < JITTER_P).float()                      # [B, 1, 1, 1], 0 or 1
     brightness, contrast, saturation = [                                # 0.6 .. 1.4, or 1
-        1 + JITTER_STRENGTH * jittered * (2 * number[column] - 1)
+        1 + JITTER_STRENGTH * jittered * (2 * draw[column] - 1)
         for column in (BRIGHTNESS, CONTRAST, SATURATION)]
     x = (x * brightness).clamp_(0, 1)
     mean_gray = rgb_to_grayscale(x).mean((2, 3), keepdim=True)          # [B, 1, 1, 1]
     x = torch.lerp(mean_gray, x, contrast).clamp_(0, 1)
     x = torch.lerp(rgb_to_grayscale(x), x, saturation).clamp_(0, 1)
-    x = adjust_hue(x, HUE_STRENGTH * jittered * (2 * number[HUE] - 1))
-    x = torch.where(number[GRAY] < GRAY_P, rgb_to_grayscale(x), x)
+    x = adjust_hue(x, HUE_STRENGTH * jittered * (2 * draw[HUE] - 1))
+    x = torch.where(draw[GRAY] < GRAY_P, rgb_to_grayscale(x), x)
     if blur and len(blurred):
         sigma = MIN_SIGMA + (MAX_SIGMA - MIN_SIGMA) * u[blurred, SIGMA]
         x[blurred] = gaussian_blur(x[blurred], sigma)

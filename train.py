@@ -167,13 +167,17 @@ def add_run_flags(parser):
 
 def make_config(args, method, **changes):
     """Return all settings of one stage: the defaults, then the flags, then `changes`."""
-    given = {key: value for key, value in vars(args).items()
-             if value is not None and (method == args.method or key not in NOT_INHERITED)}
-    settings = {**vars(args), **defaults(args.dataset, args.image_size or 224, method), **given}
-    cfg = argparse.Namespace(**{**settings, "method": method, **changes})
+    recipe = defaults(args.dataset, args.image_size or 224, method)
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    if method != args.method:                                   # such as the teacher of a student
+        flags = {key: value for key, value in flags.items() if key not in NOT_INHERITED}
+    unset = dict.fromkeys(vars(args))
+    cfg = argparse.Namespace(**{**unset, **recipe, **flags, "method": method, **changes})
     wrong = [name for name in ("teacher", "teacher_cache", "small_crops") if getattr(args, name)]
     if args.method != "seed" and wrong:
         raise InputError(f"--{wrong[0].replace('_', '-')} is only for --method seed")
+    if method in ("linear", "finetune") and args.compare:
+        raise InputError(f"--compare does not go with --method {method}")
     if method == "linear" and not args.init:
         raise InputError("--method linear evaluates an encoder; name its file with --init")
     if method == "finetune" and not args.init:
@@ -290,6 +294,7 @@ def batches(split, cfg, device, views, steps):
     after the crop is computed on the device, a whole batch at once."""
     items = ([(epoch, int(sample)) for sample in samples]
              for _, epoch, samples in plan(len(split), cfg, steps))
+    already_cropped = split.pixels is None
     reader = read_images(split, views, items, device, cfg.workers, cfg.seed)
     for step, epoch, samples in plan(len(split), cfg, steps):
         start = time.perf_counter()
@@ -299,7 +304,7 @@ def batches(split, cfg, device, views, steps):
         with record_function("augmentation"):
             for view, (size, scale) in enumerate(views):
                 u = uniforms(cfg.seed, epoch, samples, view)
-                scale = None if split.pixels is None else scale     # from disk they are crops
+                scale = None if already_cropped else scale
                 x = augment(images[view], u, size, scale, cfg.blur, cfg.color)
                 augmented.append(x.contiguous(memory_format=torch.channels_last))
         labels = split.labels
@@ -441,7 +446,7 @@ def train(cfg, data, device, teacher=None, init=None):
         for batch in batches(data.train, cfg, device, view_plan(cfg), steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * lr_at(batch.step, cfg, run.steps_per_epoch)
-            seed_generators(cfg, batch.step)
+            seed_generators(cfg, batch.step)                    # a resumed run draws the same
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 if cache:
                     targets = cache.targets(batch)
@@ -462,7 +467,7 @@ def train(cfg, data, device, teacher=None, init=None):
 
 
 def seed_generators(cfg, step):
-    """Seed dropout and MoCo's shuffle, so that a resumed run draws the same random numbers."""
+    """Seed dropout and MoCo's shuffle."""
     rank, world_size = rank_and_world_size()
     torch.manual_seed(((cfg.seed * 2**32 + step) * world_size + rank) % 2**63)
 
@@ -473,22 +478,22 @@ def note_signals():
     after the block they have their usual effect, and ignored ones (nohup) are left alone."""
     received = []
 
-    def note(number, frame):
-        received.append(number)
-        text = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
+    def note(signum, frame):
+        received.append(signum)
+        text = f"\n{signal.Signals(signum).name}: finishing the step, then saving\n"
         with contextlib.suppress(OSError):                      # it may have interrupted a print()
             os.write(1, text.encode() if is_main_process() else b"")
 
     handlers = {}
     if threading.current_thread() is threading.main_thread():   # others cannot set a handler
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                handlers[number] = signal.signal(number, note)
+        for signum in STOP_SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                handlers[signum] = signal.signal(signum, note)
     try:
         yield received
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     if received:                                                # after the last step
         sys.exit(128 + received[0])
 
@@ -648,26 +653,27 @@ class Run:
         self.waited += batch.wait
         if self.is_logged(batch.step) and is_main_process():
             self.write_row(batch.step + 1)
-        number = self.signal_of_any(batch.step)
+        signum = self.signal_of_any(batch.step)
         is_due = time.monotonic() - self.saved >= 60 * self.cfg.save_minutes
-        if is_main_process() and (number or is_due or self.ends_epoch(batch.step)):
+        if is_main_process() and (signum or is_due or self.ends_epoch(batch.step)):
             self.save(batch.step + 1)
-        if number:
+        if signum:
             if dist.is_initialized():
                 dist.barrier()                                  # until the main process has saved
-            print0(f"stopped by {signal.Signals(number).name}; the same command resumes from here")
-            sys.exit(128 + number)
+            print0(f"stopped by {signal.Signals(signum).name}; the same command resumes from here")
+            sys.exit(128 + signum)
 
     def signal_of_any(self, step):
         """Return a signal that a process received, or 0: the same in all processes. Several agree
         on it only at logged steps, where they wait for each other anyway."""
-        number = max(self.signals, default=0)
-        if dist.is_initialized():
-            number = torch.tensor(number, device=self.device)
-            if self.is_logged(step):
-                dist.all_reduce(number, dist.ReduceOp.MAX)
-            number = int(number) if self.is_logged(step) else 0
-        return number
+        signum = max(self.signals, default=0)
+        if not dist.is_initialized():
+            return signum
+        if not self.is_logged(step):
+            return 0
+        shared = torch.tensor(signum, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
 
     def evaluate(self):
         """Return the accuracy in percent on the test images: the classifier's, or by kNN."""
@@ -711,12 +717,12 @@ class Run:
         self.start_clock()
 
     def print_row(self, row):
-        copy = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
+        yardstick = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
         small = f" (small crops: {row['small_loss']:.3f})" if "small_loss" in row else ""
         score = f"  accuracy {row['accuracy']:.1f}%" if row["accuracy"] else ""
         left = int((self.last_step - row["step"]) * self.cfg.batch_size / row["images_per_s"])
         print0(f"{row['step'] / self.last_step:4.0%}  epoch {row['epoch']:.1f}/{self.cfg.epochs}  "
-               f"loss {row['loss']:.3f}{copy}{small}  lr {row['lr']:.3g}  "
+               f"loss {row['loss']:.3f}{yardstick}{small}  lr {row['lr']:.3g}  "
                f"{row['images_per_s']:.0f} images/s  waiting {row['waiting']:.0%}  "
                f"ETA {left // 60}:{left % 60:02d}{score}")
 
@@ -853,7 +859,8 @@ def train_teacher(args, cfg, data, device):
 
 def print_settings(cfg, data):
     """Print the folder, the settings, and the loss at chance level."""
-    settings = " ".join(f"{key}={value}" for key, value in sorted(vars(cfg).items()) if value)
+    settings = " ".join(f"{key}={value}" for key, value in sorted(vars(cfg).items())
+                        if value is not None)
     entries = cfg.queue_size + 1 if cfg.method in ("seed", "moco") else len(data.classes)
     print0(f"  {settings}\n  loss at chance level: log({entries:,}) = {math.log(entries):.2f}")
 
@@ -866,10 +873,11 @@ def profile(cfg, data, device, teacher, init):
         settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0}
         train(argparse.Namespace(**settings), data, device, teacher, init)
     ms = {}
+    on_cpu = [e for e in profiler.events() if e.device_type.name == "CPU"]
     for stage in ("reading", "augmentation", "targets", "forward", "loss"):
-        events = [e for e in profiler.events() if e.name == stage and e.device_type.name == "CPU"]
-        ms[stage] = np.median([max(e.cpu_time_total, e.device_time_total) for e in events]) / 1e3
-        starts = sorted(event.time_range.start for event in events)
+        times = [max(e.cpu_time_total, e.device_time_total) for e in on_cpu if e.name == stage]
+        ms[stage] = np.median(times) / 1e3
+    starts = sorted(e.time_range.start for e in on_cpu if e.name == "reading")
     step = np.median(np.diff(starts)) / 1e3                     # nan for a single step
     ms.update({"backward, update": step - sum(ms.values()), "whole step": step})
     print0(f"\n{'':18s}ms per step   share  images/s")
@@ -886,7 +894,8 @@ def profile(cfg, data, device, teacher, init):
 def print_table(rows, data, device, workers, out):
     """Evaluate the encoder of each row, print a table, and write it to OUT/results.json.
 
-    rows: dicts of name, encoder (Encoder or its file) and seconds (of training, or None)."""
+    rows: dicts of name, encoder (Encoder or its file), seconds (of training, or None), and
+    by_teacher: whether only its teacher can have used labels."""
     counts = [f"{min(len(split), TABLE_LIMIT):,}" for split in (data.train, data.test)]
     print(f"\nevaluating on {counts[0]} training and {counts[1]} test images")
     width = max(len(row["name"]) for row in rows)
@@ -901,7 +910,7 @@ def print_table(rows, data, device, workers, out):
         texts = [f"{scores[name]:.1f}%" if data.has_labels else "-" for name in ("knn", "linear")]
         seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
         labels = {True: "yes", False: "no", None: "unknown"}[encoder.used_labels]
-        if encoder.used_labels and "teacher: " in encoder.provenance.split(", started from: ")[0]:
+        if encoder.used_labels and row.get("by_teacher"):
             labels = "by its teacher"
         print(f"{row['name']:{width}s}  {texts[0]:>6s}  {texts[1]:>6s}  {seconds:>7s}  {labels}",
               flush=True)
@@ -957,7 +966,8 @@ def main(argv=None):
         print0(f"\n{'stage 2: ' if student.method == 'seed' else ''}{name}")
         print_settings(student, data)
         run = train(student, data, device, teacher if student.method == "seed" else None, init)
-        rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=run.seconds))
+        rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=run.seconds,
+                         by_teacher=student.method == "seed" and not init))
     if dist.is_initialized():
         dist.destroy_process_group()
     if is_main_process() and cfg.method in ("linear", "finetune"):
