@@ -11,6 +11,7 @@ import doctest
 import inspect
 import math
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
