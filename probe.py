@@ -50,12 +50,14 @@ SMALL = 64                      # images of at most this many pixels per side st
 MEMORY = 2 * 2**30              # if they fit in this many bytes
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif",
               ".tiff", ".ppm", ".pgm", ".jp2")
-NO_CLASSES = {"__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN",
-              "System Volume Information"}     # folders that operating systems leave behind
+NO_CLASSES = {"__macosx", "lost+found", "@eadir", "#recycle", "@recycle", "$recycle.bin",
+              "#snapshot", "~snapshot", "@recently-snapshot", "network trash folder",
+              "temporary items", "system volume information"}  # what operating systems leave
 VAL_NAMES = ("val", "valid", "validation", "test")
 SPLIT_NAMES = {"train", "training", "testing", *VAL_NAMES}
 WHITE = (1, 255, 4095, 65535)   # possible values of white in images with more than 8 bits
-NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+NOT_THE_IMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+UNREADABLE = set()              # files that were reported
 TURNS = dict(zip(range(2, 9), (                # what undoes an EXIF orientation
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
@@ -63,6 +65,7 @@ TURNS = dict(zip(range(2, 9), (                # what undoes an EXIF orientation
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
                 if hasattr(signal, name)]      # Windows lacks two of them
 warnings.filterwarnings("ignore", module="PIL")    # on metadata, from every worker
+Image.MAX_IMAGE_PIXELS = 2**29                 # phones take 200 megapixels
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26          # bytes of a color profile; Pillow allows 2**20
 
 
@@ -74,6 +77,7 @@ class Split:
     pixels: torch.Tensor = None
     files: list = None
     labels: torch.Tensor = None
+    total: int = None           # images of the split from which this sample was drawn
 
     def __len__(self):
         return len(self.files if self.pixels is None else self.pixels)
@@ -142,6 +146,9 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
     for split in (train, test):
         if split.files is not None:
             digest.update(os.fsencode("\n".join(paths_below(root, split.files))))
+            for file in split.files[::max(1, len(split) // 100)]:
+                if os.path.isfile(file):                        # a named pipe would block
+                    digest.update(Path(file).read_bytes())
             if image_size <= SMALL and len(split) * 3 * image_size**2 <= MEMORY:
                 split = decode(split, image_size)
         for values in (split.pixels, split.labels):
@@ -207,6 +214,8 @@ def find_images(name, root):
             return train, test, classes, notes + more_notes
         notes.append(f"{val} has no class folders, so a part of {top} is held out instead")
     held_out = choose_held_out(paths_below(top, files), folders if classes else [""] * len(files))
+    if not held_out.any():
+        raise InputError(f"{top} has one image per class, so no image can be held out for testing")
     test = train.subset(np.flatnonzero(held_out))
     return train.subset(np.flatnonzero(~held_out)), test, classes, notes
 
@@ -233,17 +242,28 @@ def list_files(top):
     found = []
     others = Counter()
     seen = set()
-    for folder, folders, names in os.walk(top, followlinks=True):
+    root = os.path.realpath(top)
+
+    def cannot_open(error):
+        raise InputError(f"cannot open the folder {error.filename} ({error.strerror})")
+
+    def is_found_elsewhere(path):
+        """Return whether a symlink leads to something below `top` that is no hidden file."""
+        below = os.path.relpath(os.path.realpath(path), root) if os.path.islink(path) else ".."
+        return not below.startswith("..") and (below == "." or f"{os.sep}." not in os.sep + below)
+
+    for folder, folders, names in os.walk(top, onerror=cannot_open, followlinks=True):
         if os.path.realpath(folder) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        others.update(f"folder {name}" for name in folders if name in NO_CLASSES)
-        folders[:] = sorted(name for name in set(folders) - NO_CLASSES if name[0] != ".")
+        others.update(f"folder {name}" for name in folders if name.lower() in NO_CLASSES)
+        folders[:] = sorted(name for name in folders if name[0] != "." and name.lower() not in
+                            NO_CLASSES and not is_found_elsewhere(os.path.join(folder, name)))
         for name in names:
             path = os.path.join(folder, name)
             extension = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
+            if name.startswith(".") or is_found_elsewhere(path):
                 continue
             if extension in EXTENSIONS or (not extension and is_image(path)):
                 found.append(path)
@@ -271,7 +291,7 @@ def open_image(path):
 
 def paths_below(top, files):
     """Return the paths relative to the directory `top`."""
-    return [file[len(str(top)) + 1:] for file in files]
+    return [file[len(os.path.join(top, "")):] for file in files]
 
 
 def class_folders(files, top):
@@ -304,9 +324,10 @@ def read_crops(path, sizes, choose_boxes):
             scale_x = image.width / width
             scale_y = image.height / height
             if image.mode[0] in "IF":                           # convert() would clip at 255
-                values = np.nan_to_num(np.asarray(image, np.float32)).clip(0, 65535)
-                white = min(white for white in WHITE if values.max() <= white)
-                image = Image.fromarray((values * (255 / white)).astype(np.uint8))
+                values = np.nan_to_num(np.asarray(image, np.float32), posinf=0).clip(min=0)
+                top = values.max()                              # resizing may overshoot white
+                white = min([white for white in WHITE if top <= 1.2 * white], default=top)
+                image = Image.fromarray((values * (255 / white)).clip(0, 255).astype(np.uint8))
             if image.mode != "RGB":
                 image = image.convert("RGB")
             crops = []
@@ -316,7 +337,7 @@ def read_crops(path, sizes, choose_boxes):
                 pixels = np.array([np.asarray(channel) for channel in crop.split()])
                 crops.append(torch.from_numpy(pixels))          # [3, size, size]
     except Exception as e:                                      # a decoder may raise anything
-        if isinstance(e, MemoryError) or getattr(e, "errno", None) in NO_RESOURCES:
+        if isinstance(e, MemoryError) or getattr(e, "errno", None) in NOT_THE_IMAGE:
             raise                                               # the image is not the reason
         raise InputError(f"cannot read the image {path} ({e}); replace or remove it") from None
     return crops
@@ -379,11 +400,12 @@ class Crops(Dataset):
 def report_unreadable(files, known, total):
     """Print each file that cannot be read once; `known` collects them. Raise InputError if they are
     more than 1% of `total`."""
-    new = sorted(set(files) - known - {""})
-    known.update(new)
-    if len(known) > max(1, total // 100):
+    known.update(set(files) - {""})
+    if len(known) > max(1, total // 100) or len(known) == total:
         raise InputError(f"{len(known)} of {total:,} images cannot be read, such as "
                          f"{', '.join(sorted(known)[:3])}; replace or remove them")
+    new = sorted(known - UNREADABLE)
+    UNREADABLE.update(new)
     for file in new:
         print0(f"note: the image {file} cannot be read; a gray one takes its place")
 
@@ -892,7 +914,7 @@ def read_images(split, views, items, device, workers, seed=0):
                         worker_init_fn=start_worker, pin_memory=device.type == "cuda")
     known = set()
     for crops, unreadable in loader:
-        report_unreadable(unreadable, known, len(split))
+        report_unreadable(unreadable, known, split.total or len(split))
         yield [crop.to(device, non_blocking=True) for crop in crops]
 
 
@@ -922,6 +944,7 @@ def average_batch_norm(encoder, split, workers=0, images=512):
             module.train()
     device = next(encoder.parameters()).device
     some = split.subset(np.random.default_rng(1).permutation(len(split))[:images])
+    some.total = len(split)
     for x in center_views(some, encoder.image_size, device, workers, batch_size=32):
         if len(x) > 1:                                          # a single image has no variance
             encoder(x)
@@ -1024,6 +1047,7 @@ def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
     for i, split in enumerate(splits):
         if limit and len(split) > limit:
             splits[i] = split.subset(np.random.default_rng(0).permutation(len(split))[:limit])
+            splits[i].total = len(split)
     features = [extract_features(encoder, split, device, workers) for split in splits]
     scores = dict(knn=None, linear=None, rate=None)
     if data.has_labels:
@@ -1111,8 +1135,9 @@ def print0(*words):
 REASONS = {                     # what PyTorch's errors mean, if they are not bugs
     r"DataLoader worker \(pid|shared memory|/torch_": "a DataLoader worker was killed; if shared "
     "memory (/dev/shm) is small, as in Docker, enlarge it (--shm-size 8g), or use --workers 0",
-    "out of memory|llocate|ALLOC_FAILED": "out of memory; lower --batch-size, --image-size, "
-    "--subset or --workers",
+    "Too many open files": "raise the limit of open files (ulimit -n 65536) or lower --workers",
+    "out of memory|llocate|ALLOC_FAILED|MemoryError": "out of memory; lower --batch-size, "
+    "--image-size, --subset or --workers",
     "onnection (closed|reset)|NCCL": "another process of this run has ended or cannot be reached; "
     "the same command resumes from the last checkpoint"}
 
@@ -1125,16 +1150,17 @@ def run_command(main):
         main()
     except InputError as e:     # from a worker, it has a traceback in front of it
         fail("error: " + str(e).strip().split("\n")[-1].split("InputError: ")[-1], 2)
-    except (FloatingPointError, OSError) as e:
+    except FloatingPointError as e:
         fail(f"error: {e}", 1)
     except KeyboardInterrupt:
         fail("\ninterrupted", 130)
-    except (RuntimeError, MemoryError) as e:
-        text = str(e) or "out of memory"
-        reasons = [line for pattern, line in REASONS.items() if re.search(pattern, text)]
-        if not reasons:
+    except (OSError, RuntimeError, MemoryError) as e:
+        text = str(e).strip() or "out of memory"
+        reasons = [f"{line}: " for pattern, line in REASONS.items() if re.search(pattern, text)]
+        if not reasons and not isinstance(e, OSError):
             raise
-        fail(f"error: {reasons[0]} ({text.splitlines()[0][:150]})", 1)
+        line = text.split("\n")[-1 if text.startswith("Caught ") else 0]       # of a worker
+        fail(f"error: {''.join(reasons[:1])}{line[:300]}", 1)
 
 
 def fail(line, code):
