@@ -21,6 +21,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -493,9 +494,9 @@ def draw_shapes(n, split):
 # missing key is an error, and every key that is neither part of them nor in UNUSED. If a file has
 # several complete networks, the first line here that fits exactly one of them decides:
 PREFERRED = ("encoder_q.", "base_encoder.", "student.",     # MoCo v1 and v2; v3; the SEED authors
-             "teacher.backbone.", "encoder.backbone.",      # DINO; our last.pt of MoCo
-             "backbone.", "")                               # lightly, solo-learn; a single network
-UNUSED = ("encoder_k", "key_encoder", "momentum", "queue", "prototypes", "predict", "optimizer",
+             "teacher.backbone.", "teacher.module.backbone.",       # DINO
+             "encoder.backbone.", "backbone.", "")  # our last.pt; lightly, solo-learn; a single one
+UNUSED = ("encoder_k", "key_encoder", "momentum", "queue", "prototypes", "predict", "optim",
           "class_vectors", "method.classifier.", "memory_bank", "head.mlp.", "last_layer.",
           "dino_loss", "callbacks.")
 RESNET_KEYS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
@@ -544,15 +545,17 @@ def new_teacher(file, arch, stem, pixels, path):
     """Return an Encoder with the options of an encoder.pt, or read off the first convolution of a
     ResNet: SwAV's and VICReg's may be wider, and CIFAR's have a stem for small images."""
     options = dict(dim=None)
-    if stem is not None and stem.ndim == 4:
+    is_stem = stem is not None and stem.ndim == 4
+    if is_stem:
         options["small_images"] = stem.shape[2:] == (3, 3)
     try:
         if file.get("format") == "seed-encoder":
             names = ("dim", "hidden_dim", "small_images", "image_size", "mean", "std")
             options = {name: file[name] for name in names}
-        if re.fullmatch(r"resnet\d+", arch) and stem is not None and len(stem) > 64:
-            options["backbone"] = wide_resnet(arch, len(stem) // 64)
-            arch = f"{arch}w{len(stem) // 64}"
+        factor = len(stem) // 64 if is_stem and re.fullmatch(r"resnet\d+", arch) else 1
+        if 2 <= factor <= 9:
+            options["backbone"] = wide_resnet(arch, factor)
+            arch = f"{arch}w{factor}"
         teacher = Encoder(arch, **{**options, **pixels})
     except (KeyError, RuntimeError, TypeError):
         raise InputError(f"{path} is not a complete encoder.pt; save it again") from None
@@ -597,7 +600,8 @@ def flatten(value, name=""):
     if isinstance(value, torch.Tensor):
         return {name: value}
     found = {}
-    for key, inner in value.items() if isinstance(value, dict) else ():
+    is_dict = isinstance(value, dict) and name.count(".") < 30      # it might contain itself
+    for key, inner in value.items() if is_dict else ():
         found.update(flatten(inner, f"{name}.{key}" if name else str(key)))
     return found
 
@@ -639,19 +643,20 @@ def find_backbone(tensors, arch, prefix, path):
     """Return the prefix of the backbone's keys, and those of other complete networks."""
     keys = RESNET_KEYS
     if arch:
-        with torch.device("meta"):
-            keys = torchvision_backbone(arch)[0].state_dict()
+        keys = torchvision_backbone(arch)[0].state_dict()
         keys = [key for key in keys if "num_batches_tracked" not in key]    # old files lack these
     counts = Counter()
     for key in keys:
         counts.update(name.removesuffix(key) for name in tensors if name.endswith(key))
     whole = [found for found in counts if counts[found] == len(keys)]
-    candidates = [found for found in whole if prefix in (None, found)]
+    candidates = [found for found in whole if found == prefix]
+    if prefix is None:
+        candidates = [found for found in whole if not unused_words(found)]
     for end in PREFERRED:
         chosen = [found for found in candidates if f".{found}".endswith(f".{end}")]
         if len(chosen) == 1:
             return chosen[0], tuple(found for found in whole if found not in ("", *chosen))
-    if candidates:
+    if whole and (candidates or prefix is None):
         raise InputError(f"{path} contains several networks, under {whole}; choose one of them "
                          "with --teacher-prefix")
     prefix = prefix or max(counts, key=counts.get, default="")
@@ -660,6 +665,11 @@ def find_backbone(tensors, arch, prefix, path):
     raise InputError(f"{path} has no complete {arch or 'ResNet'}: {counts[prefix]} of {len(keys)} "
                      f"keys are there, under '{prefix}', without {missing}; it contains {held}. "
                      "--teacher-arch names another network")
+
+
+def unused_words(name):
+    """Return the words of UNUSED in a key."""
+    return [word for word in UNUSED if word in name]
 
 
 def sort_weights(tensors, prefix, others, teacher, path):
@@ -683,15 +693,18 @@ def sort_weights(tensors, prefix, others, teacher, path):
         is_part = is_inside and not name.startswith(classifier)
         if name.startswith(prefix) and key in own:
             backbone[key] = value
-        elif name.startswith((*others, f"{beside}bn.")) or any(word in name for word in UNUSED):
+        elif name.startswith((*others, f"{beside}bn.")):
+            continue
+        elif unused_words(name) != unused_words(prefix):
             continue
         elif match and match[1].startswith(beside) and not is_part:
             heads.setdefault(match[1], {})[name.removeprefix(match[1])] = value
-        else:
+        elif is_inside or value.numel() > 1:    # a single number is a loss or an accuracy
             unknown.append(name)
     for group, head in list(heads.items()):     # a single Linear is a classifier, except in MoCo v1
         shapes = [value.shape[1:] for value in head.values() if value.ndim > 1]
-        is_projection = "proj" in group or "encoder_q" in prefix or teacher.hidden_dim == 0
+        is_projection = "proj" in group.removeprefix(prefix).removeprefix(beside)
+        is_projection |= bool(re.search("encoder_[qk]", prefix)) or teacher.hidden_dim == 0
         if shapes == [(teacher.feature_dim,)] and not is_projection:
             del heads[group]
     if unknown or len(heads) > 1:
@@ -737,9 +750,9 @@ def fill(teacher, backbone, head, path):
                 teacher.hidden_dim = 0
         own = teacher.state_dict()
         for name, value in weights.items():
-            if name in own and value.is_floating_point() != own[name].is_floating_point():
-                raise ValueError(f"{name} is {value.dtype}, not {own[name].dtype}")
-            if not torch.isfinite(value).all():
+            if name.endswith(("weight", "bias")) and not value.is_floating_point():
+                raise ValueError(f"{name} is {value.dtype}, not float")
+            if not torch.isfinite(value.float()).all():
                 raise ValueError(f"{name} has values that are not finite")
             if name.endswith("running_var") and (value < 0).any():
                 raise ValueError(f"{name} has negative values, but it is a variance")
@@ -754,41 +767,37 @@ def fill(teacher, backbone, head, path):
         raise InputError(f"{path} does not fit a {teacher.arch}: {problems}") from None
 
 
-class StandIn:
-    """What `read_checkpoint` makes of any object that is not a tensor: a dict, which may contain
-    weights, and attributes such as args.arch."""
+class StandIn(list):
+    """What `read_checkpoint` makes of an object that is not a tensor. It keeps attributes, such as
+    args.arch, and ignores everything else."""
+    __hash__ = object.__hash__
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+class DictStandIn:
+    """The same for a kind of dict, which may contain weights."""
 
     def __new__(cls, *args):
         return OrderedDict()
 
 
-class NumpyStandIn:
-    """The same for NumPy's objects, whose state is a tuple."""
-
-    def __new__(cls, *args):
-        return super().__new__(cls)
-
-    def __setstate__(self, state):
-        pass
-
-
 def read_checkpoint(path_or_url):
-    """Return the dict in a file or at a URL. Nothing in it is executed or constructed but tensors
-    and plain values. Raise InputError if it cannot be read."""
+    """Return the dict in a file or at a URL. Nothing in it is executed or constructed except
+    tensors and plain values. Raise InputError if it cannot be read."""
     path = str(path_or_url)
     try:
         if path.startswith(("http://", "https://")):
             path = download(path)
-        objects = []
-        if zipfile.is_zipfile(path):                        # older formats contain no objects
-            damaged = zipfile.ZipFile(path).testzip()
-            if damaged:                                     # torch.load ignores checksums
-                raise ValueError(f"{damaged} in it is damaged")
-            objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        stand_ins = [(NumpyStandIn if name.startswith("numpy") else StandIn, name)
-                     for name in objects]
-        with torch.serialization.safe_globals(stand_ins):
-            file = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+        if damaged:                                         # torch.load ignores checksums
+            raise ValueError(f"{damaged} in it is damaged")
+        file = load_without_objects(path)
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except Exception as e:                                  # damaged, code inside, no network
@@ -801,11 +810,25 @@ def read_checkpoint(path_or_url):
     return file
 
 
+def load_without_objects(path):
+    """Return what torch.load returns, with a stand-in for each object that it refuses."""
+    stand_ins = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(kind, name) for name, kind in stand_ins.items()]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as e:
+            name = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(e))
+            if not name or name[1] in stand_ins:
+                raise
+            stand_ins[name[1]] = DictStandIn if "dict" in name[1].lower() else StandIn
+
+
 def download(url):
     """Return the file at a URL, kept in torch's hub folder. A signature after "?" is not kept."""
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     parts = urlsplit(url)
-    digest = hashlib.sha256((parts.netloc + parts.path).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     path = os.path.join(folder, f"{digest}-{os.path.basename(parts.path)}")
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
@@ -1274,8 +1297,8 @@ def parse_args(argv=None):
     flag("encoder", type=expanduser, help="what load_teacher reads, or random:ARCH")
     flag("--arch", help="the network, if the file does not name it")
     flag("--prefix", help="of its keys, if the file has several networks")
-    flag("--mean", type=float, nargs=3, metavar="M", help="of its pixels, if not ImageNet's")
-    flag("--std", type=float, nargs=3, metavar="S", help="likewise")
+    flag("--mean", type=number(float, 0, 1), nargs=3, metavar="M", help="of its pixels in 0..1")
+    flag("--std", type=number(float, 1e-3, 10), nargs=3, metavar="S", help="likewise")
     flag("--image-size", type=number(int, 8, 4096), help="default: that of its training")
     flag("--out", type=expanduser, metavar="DIR", help="default: beside the encoder, or here")
     add_data_flags(flag)
@@ -1316,6 +1339,7 @@ def main(argv=None):
     else:
         print0("no labels, so no accuracy")
     save_neighbors(out / "neighbors.png", *material, data.image_size)
+    args.encoder = args.encoder.split("?")[0]                   # a signed URL contains a secret
     summary = dict(encoder=args.encoder, provenance=encoder.provenance,
                    used_labels=encoder.used_labels, data=str(data), flags=vars(args), **scores)
     save_json(out / "probe.json", summary)

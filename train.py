@@ -126,8 +126,10 @@ def add_experiment_flags(parser):
          "which runs code; if not given, a teacher is trained first")
     flag("--teacher-arch", help="its network, if the file does not name it; or the one to train")
     flag("--teacher-prefix", help="of its keys, if the file has several networks")
-    flag("--teacher-mean", type=float, nargs=3, metavar="M", help="of its pixels; SimCLR: 0 0 0")
-    flag("--teacher-std", type=float, nargs=3, metavar="S", help="of its pixels; SimCLR: 1 1 1")
+    flag("--teacher-mean", type=number(float, 0, 1), nargs=3, metavar="M",
+         help="of its pixels in 0..1, if not ImageNet's; SimCLR: 0 0 0")
+    flag("--teacher-std", type=number(float, 1e-3, 10), nargs=3, metavar="S",
+         help="likewise; SimCLR: 1 1 1")
     flag("--teacher-method", choices=("moco", "supervised"), help="how to train it")
     flag("--teacher-epochs", type=count, help="a better teacher makes a better student")
     flag("--teacher-cache", type=expanduser, metavar="DIR", help="keep its embeddings there")
@@ -184,6 +186,8 @@ def make_config(args, method, **changes):
         cfg.backbone_factor = 1.0
     if method != "seed":
         vars(cfg).update(teacher_cache=None, small_crops=0)
+    for name in ("teacher", "init"):                            # a signed URL contains a secret
+        setattr(cfg, name, (getattr(cfg, name) or "").split("?")[0] or None)
     cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 2)
     cfg.out = cfg.out or f"runs/{cfg.dataset}-{cfg.method}-{cfg.arch}"
     return cfg
@@ -510,8 +514,6 @@ def fingerprint(module):
 def run_identity(cfg, data, **fingerprints):
     """Return what makes a run, as args.json has it: settings, and fingerprints of its inputs."""
     identity = {**vars(cfg), "data_fingerprint": data.fingerprint, **fingerprints}
-    if cfg.teacher:
-        identity["teacher"] = cfg.teacher.split("?")[0]         # a signed URL contains a secret
     return json.loads(json.dumps(identity))
 
 
@@ -588,7 +590,9 @@ class Run:
         if saved:
             first_step = saved["step"]
             self.seconds = saved["seconds"]
-            saved["method"] = {**self.parts["method"].state_dict(), **saved["method"]}
+            whole = self.parts["method"].state_dict()           # also the teacher's weights
+            whole.update(saved["method"])
+            saved["method"] = whole
             for name, part in self.parts.items():
                 if saved[name]:                                 # the scaler's is empty without fp16
                     part.load_state_dict(saved[name])
