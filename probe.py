@@ -815,7 +815,8 @@ def load_without_objects(path):
     stand_ins = {}
     while True:
         try:
-            with torch.serialization.safe_globals([(kind, name) for name, kind in stand_ins.items()]):
+            allowed = [(kind, name) for name, kind in stand_ins.items()]
+            with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
             name = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(e))
