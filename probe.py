@@ -559,6 +559,8 @@ def new_teacher(file, arch, stem, pixels, path):
         teacher = Encoder(arch, **{**options, **pixels})
     except (KeyError, RuntimeError, TypeError):
         raise InputError(f"{path} is not a complete encoder.pt; save it again") from None
+    if not (teacher.std > 0).all():
+        raise InputError(f"{path}: the pixels' standard deviations, std, must be above 0")
     teacher.last_layer = teacher.last_layer or "fc"
     return teacher
 
@@ -751,7 +753,7 @@ def fill(teacher, backbone, head, path):
         own = teacher.state_dict()
         for name, value in weights.items():
             if name.endswith(("weight", "bias")) and not value.is_floating_point():
-                raise ValueError(f"{name} is {value.dtype}, not float")
+                raise ValueError(f"{name} is {value.dtype}, not torch.float32")
             if not torch.isfinite(value.float()).all():
                 raise ValueError(f"{name} has values that are not finite")
             if name.endswith("running_var") and (value < 0).any():
@@ -819,10 +821,12 @@ def load_without_objects(path):
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
-            name = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(e))
-            if not name or name[1] in stand_ins:
+            found = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(e))
+            name = found[1] if found else ""
+            name = name if "." in name else f"builtins.{name}"
+            if not found or name in stand_ins:
                 raise
-            stand_ins[name[1]] = DictStandIn if "dict" in name[1].lower() else StandIn
+            stand_ins[name] = DictStandIn if "dict" in name.lower() else StandIn
 
 
 def download(url):
@@ -849,6 +853,8 @@ def why_unreadable(path, error):
             return "it is a web page; download the file again"
         if start.startswith(b"version https://git-lfs"):
             return "it only points to a file; fetch that with git lfs pull"
+    if "TorchScript" in str(error):
+        return "it is a torchscript program; save only the weights of its network"
     reason = first_line(error)
     if "only load" in reason or not isinstance(error, (OSError, RuntimeError, ValueError)):
         return "torch.save did not write it, or not all of it"

@@ -1,0 +1,339 @@
+"""The commands as users type them: bad input, any list of arguments, README, seed.py alone."""
+import ast
+import collections
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import probe
+import seed
+import train
+from probe import load_data
+from test_seed import (ARCH, HERE, TINY, draw_all_shapes, make_cfg, refusal, same, snapshot, spy,
+                       write_images)
+
+PROGRAMS = {"train.py": train, "probe.py": probe}
+LEAST = {train: [], probe: ["x.pt"]}    # the arguments that a program must have
+
+
+def flags_of(program):
+    """Return argparse's action for each flag of a program: a dict."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = spy(patch, probe.Parser, "parse_args")
+        program.parse_args(LEAST[program])
+    actions = calls[0][0][0]._actions
+    return {action.option_strings[0]: action for action in actions if action.option_strings}
+
+
+def is_number(action):
+    return getattr(action.type, "__name__", "") in ("int", "float")
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch, few_shapes, teacher_file):
+    """The working directory: a teacher, images with and without labels, and a text."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(teacher_file, "teacher.pt")
+    Path("notes.txt").write_text("of a user")
+    write_images("images", {f"{'ab'[i % 2]}/{i:02d}.png": 6 * i for i in range(40)})
+    write_images("flat", {f"{i:02d}.png": 6 * i for i in range(40)})
+    return tmp_path
+
+
+FOLDER = "--dataset folder --image-size 32 --batch-size 8 --data"
+BAD_INPUT = [
+    ("train.py --arch mobilenet_v3", "did you mean .*mobilenet_v3_large"),
+    ("train.py --arch vit_b_16", "vit_b_16 does not turn images of 32 px"),
+    ("train.py --arch vgg11 --small-images", "vgg11 has no stem"),
+    ("train.py --teacher nothing.pt", "no such file: nothing.pt"),
+    ("train.py --teacher notes.txt", "cannot read notes.txt"),
+    ("train.py --teacher teacher.pt --dim 8", "--dim 8: the teacher's embeddings have 32"),
+    ("train.py --teacher teacher.pt --teacher-std 0 0 0", "--teacher-std: must be from"),
+    ("train.py --teacher teacher.pt --teacher-arch resnet18", "no complete resnet18"),
+    ("train.py --teacher-arch nothing", "unknown network 'nothing'"),
+    ("train.py --dataset folder --data nowhere", "no directory .*nowhere"),
+    ("train.py --dataset imagenet --data .", "train/ and val/"),
+    (f"train.py {FOLDER} images --out images/run", "is among the images of images"),
+    (f"train.py {FOLDER} flat --method supervised", "flat has no labels to train with"),
+    (f"train.py {FOLDER} flat --teacher-method supervised", "flat has no labels to train with"),
+    (f"train.py {FOLDER} flat --label-fraction 0.5", "label"),
+    ("train.py --batch-size 6000", "--batch-size 6000: there are 250 training images"),
+    ("train.py --batch-size 1", "--batch-size: must be from 2 to .*, got 1"),
+    ("train.py --subset 6000", "--subset 6000: there are 250"),
+    ("train.py --label-fraction 0", "--label-fraction: must be from .* to 1, got 0"),
+    ("train.py --method sed", "--method: invalid choice: 'sed'"),
+    ("train.py --method moco --teacher-cache cache", "--teacher-cache is only for --method seed"),
+    ("train.py --method linear", "name its file with --init"),
+    ("train.py --method moco --init teacher.pt --arch resnet18", "--init teacher.pt does not fit"),
+    ("train.py --method moco --out notes.txt", "cannot make the folder notes.txt"),
+    ("train.py --out notes.txt/run", "cannot make the folder notes.txt/run"),
+    ("train.py --device cuda:99", "no device 'cuda:99' here; use --device .*cpu"),
+    ("train.py --symmetric", "unrecognized arguments: --symmetric"),
+    ("probe.py", "required: encoder"),
+    ("probe.py nothing.pt", "no such file: nothing.pt"),
+    ("probe.py random:vit_b_16", "vit_b_16 does not turn images of 32 px"),
+    ("probe.py teacher.pt --arch resnet18", "no complete resnet18"),
+    ("probe.py teacher.pt --std 0 0 0", "--std: must be from"),
+    ("probe.py teacher.pt --dataset folder --data images --out images", "is among the images"),
+    ("probe.py teacher.pt --out notes.txt", "cannot make the folder notes.txt"),
+    ("probe.py teacher.pt --device tpu", "no device 'tpu' here")]
+
+
+@pytest.mark.parametrize("line, words", BAD_INPUT)
+def test_bad_input_is_an_error_before_any_work(inputs, line, words):
+    """The mistake would show after hours of training, or leave a folder that the next run refuses,
+    or an accuracy that means nothing."""
+    program, *flags = line.split()
+    flags[:0] = ["--device=cpu", "--max-steps=1"] if program == "train.py" else ["--device=cpu"]
+    before = set(inputs.rglob("*"))
+    assert re.search(words, refusal(PROGRAMS[program].main, flags))
+    assert set(inputs.rglob("*")) == before
+
+
+@pytest.mark.parametrize("program", [train, probe])
+@pytest.mark.parametrize("text", ["nan", "inf", "1e999", "x", "", "-1"])
+def test_what_is_no_number_or_out_of_range_is_refused(program, text):
+    """With `nan`, a run would diverge at once, and the message would advise another --lr."""
+    for flag, action in flags_of(program).items():
+        if is_number(action) and not (action.nargs and text == "-1"):
+            values = [f"{flag}={text}"] if not action.nargs else [flag, text, text, text]
+            line = refusal(program.parse_args, [*LEAST[program], *values])
+            assert line.startswith(f"argument {flag}: "), line
+
+
+def test_numbers_that_may_be_zero_may_be_zero():
+    """Nobody could train without weight decay, or without an evaluation on the way."""
+    names = ("weight_decay warmup_epochs hidden_dim workers eval_every seed small_crops "
+             "save_minutes").split()
+    cfg = make_cfg(*[f"--{name.replace('_', '-')}=0" for name in names])
+    assert [getattr(cfg, name) for name in names] == [0] * len(names)
+
+
+@pytest.mark.parametrize("program", [train, probe])
+def test_help_names_each_flag(capsys, program):
+    """A bare % in a help text would make `--help` an error."""
+    with pytest.raises(SystemExit) as ended:
+        program.parse_args(["--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and all(flag in printed for flag in flags_of(program))
+
+
+NUMBERS = ("0 1 2 3 8 16 24 32 48 64 7 33 97 1 2 8 16 32 -1 1e-3 0.05 0.3 1.5 1e9 -1e9 nan 1e-400 "
+           "99999999999999999999 18446744073709551616 x 1_0")
+WORDS = f"""method seed moco supervised linear finetune byol
+    precision fp32 bf16 auto fp64
+    device cpu tpu
+    dataset shapes folder imagenet cifar
+    arch {ARCH} resnet18 mobilenet_v3_small squeezenet1_0 resnet18w2 nothing
+    teacher teacher.pt nothing.pt images notes.txt hub:images:x http://localhost:1/x
+    teacher-arch {ARCH} nothing
+    teacher-method moco supervised seed
+    teacher-prefix backbone. x.
+    data images flat nothing notes.txt .
+    out run notes.txt images/run notes.txt/x
+    init teacher.pt nothing.pt notes.txt
+    teacher-cache cache notes.txt
+    small-images\n no-small-images\n compare\n unknown""".split("\n")
+
+
+def draw_flags(rng, numbers):
+    """Return random arguments of train.py; most of them fit together."""
+    flags = [*TINY, *"--max-steps 1 --workers 0 --out run --save-minutes 0".split()]
+    flags += ["--arch", ARCH, "--teacher-arch", ARCH]
+    for is_word in rng.random(rng.integers(1, 4)) < 0.5:
+        name, *values = str(rng.choice(WORDS if is_word else numbers)).split()
+        flags.append("=".join([f"--{name}", *rng.choice(values or [""], 1)]).rstrip("="))
+    return flags
+
+
+def test_any_list_of_arguments_runs_or_is_one_line(inputs, monkeypatch, capsys):
+    """A traceback tells nothing to a user who made a typing error, and it may come after hours."""
+    monkeypatch.setattr(train, "print_table", lambda *args: None)
+    rng = np.random.default_rng(0)
+    numbers = [f"{flag[2:]} {NUMBERS}" for flag, action in flags_of(train).items()
+               if is_number(action) and not (action.nargs or flag == "--workers")]
+    ended = collections.Counter()
+    for _ in range(150):
+        flags = draw_flags(rng, numbers)
+        code = 0
+        try:
+            probe.run_command(lambda: train.main(flags))
+        except SystemExit as e:
+            code = e.code
+        except Exception as e:
+            pytest.fail(f"{' '.join(flags[26:])}: {e!r}")
+        ended[code] += 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == (code > 0) and len(error) < 700, (flags[26:], error)
+        shutil.rmtree("run", ignore_errors=True)
+    assert min(ended[0], ended[2]) > 30 and set(ended) <= {0, 1, 2}, ended
+
+
+MAY_CHANGE = ("workers 3, data x, out x, teacher x, init x, eval-every 3, max-steps 3, compare, "
+              "compile, profile, teacher-cache x, precision bf16, save-minutes 3, device x")
+OTHERS = ("method moco, arch x, dataset cifar10, warmup-epochs 0, image-size 40, teacher-arch x, "
+          "label-fraction 0.5, small-images, teacher-prefix x, teacher-method moco, "
+          "teacher-mean 0 0 0, teacher-std 2 2 2")
+
+
+def test_another_setting_is_another_run_unless_it_may_change(few_shapes):
+    """If a run resumed with another setting, half of it would be another experiment. If it did not
+    resume on a machine with other cores or disks, it would be lost."""
+    data = load_data("shapes", subset=8)
+    identity = train.run_identity(make_cfg(), data)
+    may_change = MAY_CHANGE.split(", ")
+    lines = may_change + OTHERS.split(", ")
+    named = ["-h", *[line.split()[0] for line in lines]]
+    flags = [flag.removeprefix("--") for flag in flags_of(train)]
+    for line in [*lines, *[f"{flag} 9" for flag in flags if flag not in named]]:
+        args = train.parse_args(f"--{line}".split())
+        other = train.run_identity(train.make_config(args, args.method), data)
+        assert (train.differences(identity, other) == "") == (line in may_change), line
+
+
+def test_workers_are_shared_among_the_processes_of_a_node(monkeypatch):
+    """Eight processes would start eight times as many workers as there are cores."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    assert make_cfg().workers == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert make_cfg().workers == probe.parse_args(["x"]).workers == 3, "of 12 that may be used"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert make_cfg().workers == 1
+    monkeypatch.delattr(os, "sched_getaffinity")                # macOS
+    assert make_cfg().workers == 4
+
+
+def blocks_of_readme():
+    """Return the shell code in README."""
+    text = (HERE / "README.md").read_text()
+    return "".join(block.split("```")[0] for block in text.split("```sh\n")[1:])
+
+
+def commands_in(text):
+    """Return the commands of our programs in shell code: lists of the program and its words."""
+    found = []
+    variables = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        for name, value in variables.items():
+            line = line.replace(f"${name}", value)
+        words = shlex.split(line, comments=True)
+        if len(words) == 1 and re.match(r"\w+=", words[0]):
+            name, _, variables[name] = words[0].partition("=")
+        for program in set(words) & set(PROGRAMS):
+            words = words[words.index(program):]
+            ends = [i for i, word in enumerate(words) if word in ("&&", ";", "|", ">", "&")]
+            found.append(words[:min(ends, default=None)])
+    return found
+
+
+def test_each_printed_command_is_understood():
+    """A user would copy a command of README, or of the top of a file, that does not run."""
+    blocks = blocks_of_readme()
+    subprocess.run(["bash", "-n"], input=blocks, text=True, check=True)
+    for name in re.findall(r"\S+\.(?:py|sh|txt)\b", blocks):
+        assert (HERE / name).exists(), name
+    tops = f"{train.__doc__}\n{probe.__doc__}".replace("\\\n", "")
+    tops = "\n".join(re.findall("^    ((?:python|torchrun) .*)$", tops, re.M))
+    assert len(commands_in(blocks)) >= 8 and len(commands_in(tops)) >= 4
+    for program, *words in commands_in(f"{blocks}\n{tops}"):
+        args = PROGRAMS[program].parse_args(words)
+        if program == "train.py":
+            train.make_config(args, args.method)
+
+
+@pytest.fixture
+def small_world(inputs, monkeypatch):
+    """What README's commands need: images in DIR and ~/images, CIFAR, and files at URLs, small."""
+    for folder in ("DIR/train", "DIR/val", "home/images"):
+        write_images(folder, {f"{'ab'[i % 2]}/{i:02d}.png": 6 * i for i in range(24)})
+    monkeypatch.setenv("HOME", str(inputs / "home"))
+    splits = [draw_all_shapes(100, split) for split in (0, 1)]
+    monkeypatch.setattr(probe, "read_cifar", lambda *args: (*splits, probe.SHAPE_CLASSES))
+    monkeypatch.setattr(probe, "download", lambda url: "teacher.pt")
+    return inputs
+
+
+def test_readmes_commands_run(small_world, capsys):
+    """The first thing that a user tries would fail, or not leave what README describes."""
+    shorter = ("--epochs 1 --teacher-epochs 1 --max-steps 2 --batch-size 8 --image-size 32 "
+               "--workers 0 --device cpu").split()
+    first = None
+    for program, *words in commands_in(blocks_of_readme()):
+        if program == "probe.py":
+            probe.main([*words, "--device", "cpu", "--workers", "0"])
+            assert "kNN" in capsys.readouterr().out
+            continue
+        args = train.parse_args([*words, *shorter])
+        out = Path(train.make_config(args, args.method).out)
+        train.main([*words, *shorter])
+        assert (out / "encoder.pt").exists()
+        first = first or json.loads((out / "results.json").read_text())
+    names = ["mobilenet_v3_large, untrained", "resnet18, the teacher", "mobilenet_v3_large by SEED"]
+    assert [row["name"] for row in first] == names
+    assert [row["labels"] for row in first] == ["no", "yes", "by its teacher"]
+
+
+def test_seed_py_needs_nothing_but_itself(tmp_path):
+    """Whoever copies this one file must be able to use it."""
+    shutil.copy(HERE / "seed.py", tmp_path)
+    done = subprocess.run([sys.executable, "seed.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "step 300" in done.stdout
+    assert os.listdir(tmp_path) == ["seed.py"]
+    modules = set()
+    for node in ast.walk(ast.parse(Path(seed.__file__).read_text())):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
+    allowed = {"torch", "torchvision", "numpy", "math", "copy", "difflib", "dataclasses"}
+    assert "torch" in modules <= allowed, "nothing that handles files"
+
+
+def test_the_code_stays_plain():
+    """Readers would not find the method among long lines and long functions."""
+    for name in ("seed.py", "probe.py", "train.py"):
+        source = (HERE / name).read_text()
+        for number, line in enumerate(source.splitlines(), 1):
+            assert len(line) <= 100, f"{name}:{number}"
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 45, f"{name}: {node.name}"
+
+
+@pytest.mark.parametrize("words, folder, printed", [
+    ("run/encoder.pt --subset 200", "run", f"{ARCH}, a test, matched "),
+    (f"random:{ARCH} --subset 200 --out here", "here", f"{ARCH}, random weights, without labels"),
+    ("run/encoder.pt --dataset folder --data flat --out no", "no", "no labels, so no accuracy")])
+def test_probe_evaluates_a_file_and_an_untrained_network(inputs, capsys, words, folder, printed):
+    """Without the row of an untrained network, nobody could tell what an accuracy means. Images
+    without labels would be an error."""
+    os.mkdir("run")
+    shutil.move("teacher.pt", "run/encoder.pt")
+    probe.main([*words.split(), "--device", "cpu", "--workers", "0"])
+    assert printed in capsys.readouterr().out
+    found = json.loads(Path(folder, "probe.json").read_text())
+    assert found["encoder"] == words.split()[0] and found["used_labels"] is False
+    if folder == "no":
+        assert found["knn"] is found["linear"] is None
+    else:
+        assert 0 < found["knn"] < 40 and 0 < found["linear"] < 60
+    assert Path(folder, "neighbors.png").exists()
+
+
+def test_probe_uses_the_image_size_of_the_training_unless_it_is_given(inputs):
+    """A network for 32 px would be judged at 224 px."""
+    def size(words):
+        return probe.load_encoder(probe.parse_args(words.split())).image_size
+
+    assert size("teacher.pt") == 32
+    assert size("teacher.pt --image-size 48") == 48
+    assert size(f"random:{ARCH} --dataset folder") == 224
