@@ -1158,7 +1158,7 @@ def print0(*words):
     try:
         if is_main_process():
             print(*words, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

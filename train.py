@@ -506,8 +506,8 @@ def note_signals():
 def fingerprint(module):
     """Return a hash of all weights and buffers, or None if there is no module."""
     digest = hashlib.sha256()
-    for value in module.state_dict().values() if module else ():
-        digest.update(value.cpu().contiguous().numpy().tobytes())
+    for value in [*module.parameters(), *module.buffers()] if module else ():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12] if module else None
 
 
@@ -548,7 +548,7 @@ def lock_folder(out, wait=False):
     """Return an open file that locks the folder. If another run has locked it, wait, or raise
     InputError. (Windows and some network disks have no locks.)"""
     make_folder(out)
-    file = open(Path(out, ".lock"), "a+")
+    file = open(Path(out, ".cache-lock" if wait else ".lock"), "a+")
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -609,7 +609,7 @@ class Run:
         """Lock the folder and make it ready. Return its checkpoint, or None."""
         self.lock = lock_folder(self.out)
         check_folder(self.out, self.identity)
-        for unfinished in self.out.glob("*.tmp"):               # of a run that was killed
+        for unfinished in self.out.glob("*.[0-9]*.tmp"):        # of a run that was killed
             unfinished.unlink()
         log = self.out / "log.csv"
         if not (self.out / "last.pt").exists():
@@ -619,11 +619,14 @@ class Run:
             return None
         try:
             saved = read_checkpoint(self.out / "last.pt")
+            if "log_size" not in saved:
+                raise InputError(f"{self.out}/last.pt is not the checkpoint of a run")
         except InputError as e:
             raise InputError(f"{e}; delete {self.out}, or use another --out (--init "
                              f"{self.out}/encoder.pt starts from its weights)") from None
         log.touch()
-        os.truncate(log, min(saved["log_size"], log.stat().st_size))    # later rows come again
+        rows = log.read_bytes()[:saved["log_size"]]             # later rows come again
+        os.truncate(log, rows.rfind(b"\n") + 1)                 # without a torn one
         return saved
 
     def start_clock(self):
@@ -715,7 +718,7 @@ class Run:
         except OSError as e:
             raise OSError(f"cannot write {self.out}/log.csv: {e}") from None
         is_last = steps_done == self.last_step
-        if is_last or row["accuracy"] or time.perf_counter() - self.printed > 10:
+        if is_last or row["accuracy"] != "" or time.perf_counter() - self.printed > 10:
             self.printed = time.perf_counter()
             self.print_row(row)
         self.start_clock()
@@ -723,7 +726,7 @@ class Run:
     def print_row(self, row):
         yardstick = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
         small = f" (small crops: {row['small_loss']:.3f})" if "small_loss" in row else ""
-        score = f"  accuracy {row['accuracy']:.1f}%" if row["accuracy"] else ""
+        score = "" if row["accuracy"] == "" else f"  accuracy {row['accuracy']:.1f}%"
         left = int((self.last_step - row["step"]) * self.cfg.batch_size / row["images_per_s"])
         print0(f"{row['step'] / self.last_step:4.0%}  epoch {row['epoch']:.1f}/{self.cfg.epochs}  "
                f"loss {row['loss']:.3f}{yardstick}{small}  lr {row['lr']:.3g}  "
@@ -732,6 +735,7 @@ class Run:
 
     def save(self, steps_done):
         """Write encoder.pt, then last.pt, so that a complete encoder.pt is never the older one."""
+        self.seconds += time.perf_counter() - self.started
         epochs = f"{steps_done / self.steps_per_epoch:.4g} epochs"
         provenance = f"{METHODS[self.cfg.method]}, {epochs} on {self.data.name}{self.start}"
         labels = self.labels
@@ -743,9 +747,11 @@ class Run:
         state["method"] = {name: value for name, value in state["method"].items()
                            if not name.startswith("teacher.")}  # frozen: its fingerprint will do
         self.check_finite("a weight", [x.abs().max() for x in state["method"].values()])
-        save_encoder(self.out / "encoder.pt", self.averaged_encoder(), *about)
         state.update(describe(self.encoder, *about), step=steps_done, seconds=self.seconds,
                      log_size=(self.out / "log.csv").stat().st_size)
+        if not (self.out / "last.pt").exists():                 # `open` makes a missing encoder.pt
+            save_file(self.out / "last.pt", state)
+        save_encoder(self.out / "encoder.pt", self.averaged_encoder(), *about)
         save_file(self.out / "last.pt", state)
         self.saved = time.monotonic()
         self.start_clock()
@@ -761,13 +767,17 @@ class TeacherCache:
         path = Path(cfg.teacher_cache)
         current = dict(teacher_fingerprint=fingerprint(method.teacher), blur=cfg.blur,
                        data_fingerprint=data.fingerprint, seed=cfg.seed,
-                       views=str(view_plan(cfg)), dtype=str(dtype))
+                       views=str(view_plan(cfg)), dtype=str(dtype),
+                       label_fraction=cfg.label_fraction)
         epochs = min(cfg.view_epochs or cfg.epochs, cfg.epochs)
         shape = (epochs, len(data.train), method.views_per_image, method.teacher.dim)
         with first_of_node(), lock_folder(path, wait=True), open(path / "z.float32", "ab") as file:
             if file.tell() == 0:
                 save_json(path / "fingerprint.json", current)
-            other = differences(json.loads((path / "fingerprint.json").read_text()), current)
+            try:
+                other = differences(json.loads((path / "fingerprint.json").read_text()), current)
+            except (AttributeError, OSError, ValueError):
+                other = "its fingerprint.json is damaged"
             if other:
                 raise InputError(f"--teacher-cache {path} has other embeddings ({other}); use "
                                  "another folder")
@@ -784,7 +794,10 @@ class TeacherCache:
         rows = z_t.unflatten(0, (len(batch.views), -1)).transpose(0, 1)     # [B, V, D]
         for sample, row in zip(batch.samples.tolist(), rows.contiguous().cpu().numpy()):
             self.file.seek((batch.epoch * self.rows.shape[1] + sample) * row.nbytes)
-            self.file.write(row)                                # OSError if the disk is full
+            try:
+                self.file.write(row)
+            except OSError as e:
+                raise OSError(f"cannot write {self.file.name}: {e}") from None
         return z_t
 
 
@@ -837,6 +850,7 @@ def get_teacher(args, cfg, data, device):
         print0(f"a teacher like SwAV: crop scale {SWAV['crop_scale']} as in its training, and "
                f"{changes['small_crops']} small crops (--small-crops)")
     teacher.check_image_size(cfg.image_size)
+    teacher.image_size = cfg.image_size
     if changes.get("small_crops", cfg.small_crops):
         teacher.check_image_size(cfg.small_size)
     print0(f"\nteacher: {teacher.provenance}, {label_use(teacher.used_labels)}")
@@ -850,7 +864,9 @@ def train_teacher(args, cfg, data, device):
                          "URL), or train one for days with --method moco --arch resnet50")
     teacher_cfg = make_config(args, cfg.teacher_method, arch=cfg.teacher_arch, dim=cfg.dim,
                               epochs=cfg.teacher_epochs, init=None)
-    identity = json.dumps([run_identity(teacher_cfg, data), cfg.max_steps], sort_keys=True)
+    identity = {key: value for key, value in run_identity(teacher_cfg, data).items()
+                if key not in MAY_CHANGE}
+    identity = json.dumps([identity, cfg.max_steps], sort_keys=True)
     name = f"{cfg.dataset}-{cfg.teacher_method}-{cfg.teacher_arch}"
     teacher_cfg.out = f"runs/teachers/{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     fit_to_data(teacher_cfg, data)
@@ -874,7 +890,8 @@ def profile(cfg, data, device, teacher, init):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")             # the profiler logs every start
     profiler = torch.profiler.profile()
     with tempfile.TemporaryDirectory() as folder, profiler:
-        settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0}
+        settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0,
+                    "teacher_cache": None}
         train(argparse.Namespace(**settings), data, device, teacher, init)
     ms = {}
     on_cpu = [e for e in profiler.events() if e.device_type.name == "CPU"]
@@ -901,9 +918,9 @@ def print_table(rows, data, device, workers, out):
     rows: dicts of name, encoder (Encoder or its file), seconds (of training, or None), and
     by_teacher: whether only its teacher can have used labels."""
     counts = [f"{min(len(split), TABLE_LIMIT):,}" for split in (data.train, data.test)]
-    print(f"\nevaluating on {counts[0]} training and {counts[1]} test images")
+    print0(f"\nevaluating on {counts[0]} training and {counts[1]} test images")
     width = max(len(row["name"]) for row in rows)
-    print(f"{'':{width}s}     kNN  linear  seconds  labels used")
+    print0(f"{'':{width}s}     kNN  linear  seconds  labels used")
     results = []
     for row in rows:
         encoder = row["encoder"]
@@ -916,13 +933,12 @@ def print_table(rows, data, device, workers, out):
         labels = {True: "yes", False: "no", None: "unknown"}[encoder.used_labels]
         if encoder.used_labels and row.get("by_teacher"):
             labels = "by its teacher"
-        print(f"{row['name']:{width}s}  {texts[0]:>6s}  {texts[1]:>6s}  {seconds:>7s}  {labels}",
-              flush=True)
+        print0(f"{row['name']:{width}s}  {texts[0]:>6s}  {texts[1]:>6s}  {seconds:>7s}  {labels}")
         results.append(dict(name=row["name"], seconds=row["seconds"], labels=labels, **scores))
         if row["encoder"] == f"{out}/encoder.pt":
             save_neighbors(Path(out, "neighbors.png"), *material, data.image_size)
     save_json(Path(out, "results.json"), results)
-    print(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbors.png")
+    print0(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbors.png")
 
 
 def students_of(args, cfg, data):
@@ -941,7 +957,7 @@ def main(argv=None):
     torch.set_flush_denormal(True)          # p_t has numbers below 1e-38, which slow CPUs down
     args = parse_args(argv)
     device = init_distributed(args.device)
-    init = load_teacher_on_all(args.init) if args.init else None
+    init = load_teacher_on_all(args.init, args.arch) if args.init else None
     if init and args.method in ("linear", "finetune"):
         args.arch = init.arch
         args.image_size = args.image_size or init.image_size
@@ -969,7 +985,8 @@ def main(argv=None):
         name = f"{student.arch} by {METHODS[student.method]}"
         print0(f"\n{'stage 2: ' if student.method == 'seed' else ''}{name}")
         print_settings(student, data)
-        run = train(student, data, device, teacher if student.method == "seed" else None, init)
+        run = train(student, data, device, teacher if student.method == "seed" else None,
+                    init if student is cfg else None)
         rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=run.seconds,
                          by_teacher=student.method == "seed" and not init))
     if dist.is_initialized():
