@@ -797,7 +797,7 @@ class TeacherCache:
             try:
                 self.file.write(row)
             except OSError as e:
-                raise OSError(f"cannot write {self.file.name}: {e}") from None
+                raise OSError(f"cannot write the --teacher-cache {self.file.name}: {e}") from None
         return z_t
 
 
