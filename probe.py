@@ -1263,19 +1263,27 @@ def make_folder(path):
         raise InputError(f"cannot make the folder {path} ({e.strerror}); use another") from None
 
 
-def refuse_among_data(out, dataset, data):
-    """Raise InputError if a picture written into `out` would become an image of the data."""
+def check_out(out, dataset, data):
+    """Raise InputError if the folder `out` cannot be written, or if a picture in it would become an
+    image of the data."""
+    folder = Path(out).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"cannot make the folder {out}; use another --out")
     root = Path(data).resolve()
     tops = [root]
     if (root / "train").is_dir():
         tops = [root / name for name in ("train", *VAL_NAMES)]
-    out = Path(out).resolve()
-    if dataset in ("folder", "imagenet") and any(top == out or top in out.parents for top in tops):
+    if dataset in ("folder", "imagenet") and {folder, *folder.parents} & set(tops):
         raise InputError(f"{out} is among the images of {data}; use another --out")
 
 
 def label_fraction(split, fraction, seed):
     """Return a fraction of each class of a split, at least one image, chosen by the seed."""
+    if fraction == 1:
+        return split
+    if split.labels is None:
+        raise InputError("--label-fraction: the images have no labels")
     order = np.random.default_rng(seed).permutation(len(split))
     labels = split.labels.numpy()[order]
     chosen = []
@@ -1333,12 +1341,11 @@ def main(argv=None):
     data = load_data(args.dataset, args.data, encoder.image_size, args.subset, args.seed)
     if args.encoder.startswith("random:"):
         encoder = average_batch_norm(encoder, data.train, args.workers)
-    if args.label_fraction < 1 and data.has_labels:
-        data.train = label_fraction(data.train, args.label_fraction, args.seed)
+    data.train = label_fraction(data.train, args.label_fraction, args.seed)
     print0(f"{encoder.provenance}, {label_use(encoder.used_labels)}\n{data}")
     out = Path(args.encoder).parent if os.path.exists(args.encoder) else Path(".")
     out = Path(args.out or out)
-    refuse_among_data(out, args.dataset, args.data)
+    check_out(out, args.dataset, args.data)
     make_folder(out)
     scores, material = evaluate(encoder, data, device, args.workers)
     if data.has_labels:

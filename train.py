@@ -35,9 +35,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from probe import (SMALL, STOP_SIGNALS, Parser, accuracy, add_data_flags, any_labels,
-                   average_batch_norm, describe, evaluate, extract_features, first_line,
+                   average_batch_norm, check_out, describe, evaluate, extract_features, first_line,
                    is_main_process, label_fraction, label_use, load_data, load_teacher, make_folder,
-                   number, pick_device, print0, read_checkpoint, read_images, refuse_among_data,
+                   number, pick_device, print0, read_checkpoint, read_images,
                    run_command, save_encoder, save_file, save_json, save_neighbors, save_views)
 from seed import (SEED, Encoder, InputError, MoCo, SmallCropSEED, Supervised, augment,
                   rank_and_world_size, uniforms)
@@ -819,7 +819,7 @@ def fit_to_data(cfg, data):
     if cfg.queue_size > images and cfg.method in ("seed", "moco") and not cfg.profile:
         print0(f"note: the queue of {cfg.queue_size:,} is cut to the {images:,} images")
         cfg.queue_size = images
-    refuse_among_data(cfg.out, cfg.dataset, cfg.data)
+    check_out(cfg.out, cfg.dataset, cfg.data)
     identity = run_identity(cfg, data)
     for name in ("dim", *SWAV):                                 # the teacher decides these later
         del identity[name]
@@ -966,8 +966,7 @@ def main(argv=None):
         data = load_data(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
     if data.fingerprint != from_main_process(getattr, data, "fingerprint"):
         raise InputError(f"the images on {platform.node()} differ from those on the first node")
-    if cfg.label_fraction < 1 and data.has_labels:
-        data.train = label_fraction(data.train, cfg.label_fraction, cfg.seed)
+    data.train = label_fraction(data.train, cfg.label_fraction, cfg.seed)
     print0(f"{data}; {rank_and_world_size()[1]} process(es) on {device.type}, networks in "
            f"{network_dtype(cfg, device)}")
     untrained = new_encoder(cfg, init)      # a network that cannot be used fails early
@@ -985,8 +984,8 @@ def main(argv=None):
         name = f"{student.arch} by {METHODS[student.method]}"
         print0(f"\n{'stage 2: ' if student.method == 'seed' else ''}{name}")
         print_settings(student, data)
-        run = train(student, data, device, teacher if student.method == "seed" else None,
-                    init if student is cfg else None)
+        teacher_of = teacher if student.method == "seed" else None
+        run = train(student, data, device, teacher_of, init if student is cfg else None)
         rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=run.seconds,
                          by_teacher=student.method == "seed" and not init))
     if dist.is_initialized():

@@ -72,7 +72,7 @@ BAD_INPUT = [
     ("train.py --method sed", "--method: invalid choice: 'sed'"),
     ("train.py --method moco --teacher-cache cache", "--teacher-cache is only for --method seed"),
     ("train.py --method linear", "name its file with --init"),
-    ("train.py --method moco --init teacher.pt --arch resnet18", "--init teacher.pt does not fit"),
+    ("train.py --method moco --init teacher.pt --arch resnet18", "no complete resnet18"),
     ("train.py --method moco --out notes.txt", "cannot make the folder notes.txt"),
     ("train.py --out notes.txt/run", "cannot make the folder notes.txt/run"),
     ("train.py --device cuda:99", "no device 'cuda:99' here; use --device .*cpu"),

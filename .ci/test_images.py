@@ -235,10 +235,10 @@ def test_nothing_is_written_among_the_images(tmp_path, monkeypatch):
     os.symlink("flat", "link")
     for out in ("flat", "flat/runs/x", "link/x", "two/train/run", "two/val", "two/test"):
         data = "two" if out.startswith("two") else "flat"
-        assert "is among the images" in refusal(probe.refuse_among_data, out, "folder", data)
-        probe.refuse_among_data(out, "shapes", data)
+        assert "is among the images" in refusal(probe.check_out, out, "folder", data)
+        probe.check_out(out, "shapes", data)
     for out, data in (("elsewhere", "two"), ("flat-runs", "flat"), ("two/runs/x", "two")):
-        probe.refuse_among_data(out, "folder", data)
+        probe.check_out(out, "folder", data)
     monkeypatch.chdir("flat")
     before = sorted(tmp_path.rglob("*"))
     flags = f"--dataset folder --data {tmp_path}/flat --image-size 32 --device cpu".split()
