@@ -1150,7 +1150,7 @@ def save_neighbors(path, train, test, train_x, test_x, size, count=8, k=7):
 # --------------------------------------------------------------------------------- 5. the command
 def is_main_process():
     """Return whether this process prints and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def print0(*words):

@@ -196,10 +196,12 @@ def make_config(args, method, **changes):
 # ---------------------------------------------------------------------------------- 2. processes
 def init_distributed(device_name):
     """Join torchrun's process group, if there is one. Return the device of this process."""
-    found = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
-    if len(found) in (1, 2):
-        raise InputError(f"only {' and '.join(found)} is set, of torchrun's variables; unset it, "
-                         "or start several processes with torchrun")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = [name for name in names[:3] if name in os.environ]
+    missing = [name for name in names if name not in os.environ]
+    if found and missing:
+        raise InputError(f"of torchrun's variables, {' and '.join(found)} is set but {missing[0]} "
+                         "is not; unset it, or start several processes with torchrun")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
     if device.type == "cuda":
