@@ -26,7 +26,7 @@ Letters in shapes (a line that changes a tensor's shape ends in the new shape):
 
 The authors' code (github.com/jacobswan1/SEED) uses tau_t = 1e-4. It enqueues before `backward` and
 therefore clones the queue. A re-implementation (github.com/zhangyifei01/SEED_ICLR21) uses 0.01.
-This code uses 0.01 and enqueues after `backward`. The loss is the same, and no clone is needed.
+This code uses 0.01. It enqueues after `backward`: the loss is the same, and no clone is needed.
 `python seed.py` trains a toy in seconds. The training loop is `train` in train.py."""
 import copy
 import difflib
@@ -101,13 +101,13 @@ def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
 def seed_diagnostics(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
     """Return what shows whether a run is healthy: a dict of scalars. Arguments as in `seed_loss`.
 
-    An untrained student has a loss near log(1 + K). The loss never reaches 0: it is the sum of
+    An untrained student has a loss of about log(1 + K). The loss never reaches 0: it is the sum of
         entropy: H(p_t) in nats, which the student cannot change; p_t covers about e^entropy entries
         kl: loss - entropy, which the student reduces, but not to 0. Similarities are at most 1, so
             p_s cannot be as peaked as p_t if tau_s > tau_t, even for a copy of the teacher.
     So compare the loss with
-        loss_of_a_copy: the loss if z_s were z_t. A good student may have a lower one, because it
-            is trained for this loss and the copy is not.
+        loss_of_a_copy: the loss if z_s were z_t. A copy does not quite minimize this loss if
+            tau_s > tau_t, so a good student may have a lower one.
     Two numbers show whether p_t is one-hot, as in contrastive learning, and whether p_s follows:
         self_prob: p_t's weight on the image's own entry
         top1_agreement: fraction of images whose own entry the student ranks first, as the teacher
@@ -216,7 +216,7 @@ class SEED(nn.Module):
         return self
 
     def embed(self, network, views):
-        """Return the embeddings of the only view: float32 [B, D], unit norm."""
+        """Return the embeddings of the only view: float32 [B, D], unit norm, of any network."""
         return F.normalize(network(views[0]).float(), dim=1)
 
     @torch.no_grad()
@@ -253,7 +253,7 @@ class TinyNetwork(nn.Sequential):
 
 
 def toy():
-    """Distill a random network into a smaller one, on noisy copies of 300 points. It prints:
+    """Distill a random network into a smaller one, on noisy copies of 300 points. Among others:
 
     step   0  loss 7.64  kl 7.64  entropy 0.00  loss_of_a_copy 2.75  self_prob 1.00 ...
     step   3  loss 6.10  kl 6.05  entropy 0.06  loss_of_a_copy 3.32  self_prob 0.99 ...
@@ -295,11 +295,11 @@ class Encoder(nn.Module):
     pixels in 0..1, so networks that expect different pixels can see the same views.
     Args: arch: the name of a torchvision classification network, such as "mobilenet_v3_large".
         dim: D; None: no head, the embedding is the normalized features. hidden_dim: width of the
-        head's hidden layer; None: F, as in the authors' code; 0: no hidden layer.
+        head's hidden layer; None: feature_dim, as the authors; 0: no such layer.
         small_images: see `adapt_stem_for_small_images`; image_size: S; mean, std: of each color
-        channel; backbone: your own module [B, 3, S, S] -> [B, F], instead of torchvision's.
-    Attributes: feature_dim: F; provenance: a line on its training; used_labels: whether it used
-        labels, None if unknown; multi_crop: whether it used small crops.
+        channel; backbone: your own module [B, 3, S, S] -> [B, feature_dim].
+    Attributes: feature_dim: number of features; provenance: a line on its training; used_labels:
+        whether it used labels, None if unknown; multi_crop: whether it used small crops.
     Raises: InputError for an unknown name, or an image size that does not fit."""
 
     def __init__(self, arch, dim=128, hidden_dim=None, small_images=False, image_size=224,
@@ -345,7 +345,7 @@ class Encoder(nn.Module):
         return feature_dim
 
     def features(self, x):
-        """Return the features [B, F] of pixels x [B, 3, S, S], for kNN and linear probes."""
+        """Return the features [B, feature_dim] of pixels x [B, 3, S, S]."""
         return self.backbone((to_float(x) - self.mean) / self.std)
 
     def forward(self, x):

@@ -327,15 +327,15 @@ def view_plan(cfg):
 
 
 # ----------------------------------------------------------------------------------- 4. the loop
-class Classifier(Supervised):
+class Classifier(nn.Module):
     """A linear classifier on an encoder's features: the paper's linear probe if the encoder is
     frozen, including its batch norm, otherwise fine-tuning."""
+    views_per_image = 1
 
     def __init__(self, encoder, classes, frozen):
-        super().__init__(encoder, classes)
-        del self.class_vectors
+        super().__init__()
         self.frozen = frozen
-        encoder.requires_grad_(not frozen)
+        self.encoder = encoder.requires_grad_(not frozen)
         encoder.head.requires_grad_(False)                      # unused
         self.classifier = nn.Linear(encoder.feature_dim, classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
@@ -349,6 +349,11 @@ class Classifier(Supervised):
 
     def forward(self, views):
         return self.classifier(self.encoder.features(views[0])).float()     # [B, C]
+
+    targets = Supervised.targets
+    loss = Supervised.loss
+    diagnostics = Supervised.diagnostics
+    after_step = Supervised.after_step
 
 
 def new_encoder(cfg, init=None):
@@ -468,7 +473,8 @@ def train(cfg, data, device, teacher=None, init=None):
             if run.is_logged(batch.step):                       # with the queue that the loss saw
                 run.note(loss, method.diagnostics(outputs, targets))
             method.after_step(targets)                          # only now the queue moves on
-            run.end_step(batch)
+            if run.end_step(batch):                             # a signal: the step is saved
+                break
     return run
 
 
@@ -480,8 +486,8 @@ def seed_generators(cfg, step):
 
 @contextlib.contextmanager
 def note_signals():
-    """Yield a list that collects signals, so that the loop can finish its step and save. Before and
-    after the block they have their usual effect, and ignored ones (nohup) are left alone."""
+    """Yield a list that collects signals, so that the loop can finish its step and save. Then exit.
+    Outside the block they have their usual effect, and ignored ones (nohup) are left alone."""
     received = []
 
     def note(signum, frame):
@@ -500,8 +506,8 @@ def note_signals():
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    if received:                                                # after the last step
-        sys.exit(128 + received[0])
+    if received:
+        sys.exit(128 + received[-1])
 
 
 # ----------------------------------------------------------------------------------- 5. the folder
@@ -656,8 +662,8 @@ class Run:
                 f"another --out, or delete {self.out}")
 
     def end_step(self, batch):
-        """Evaluate if it is due, write the row of the log, save, and stop after a signal. Only the
-        main process works here; the others wait for it in the next operation that they share."""
+        """Evaluate if it is due, write the row of the log, and save. Return whether to stop after a
+        signal. Only the main process works here; the others wait in the next shared operation."""
         self.timed_steps += 1
         self.waited += batch.wait
         if self.is_logged(batch.step) and is_main_process():
@@ -670,7 +676,8 @@ class Run:
             if dist.is_initialized():
                 dist.barrier()                                  # until the main process has saved
             print0(f"stopped by {signal.Signals(signum).name}; the same command resumes from here")
-            sys.exit(128 + signum)
+            self.signals.append(signum)                         # also if only another got it
+        return signum > 0
 
     def signal_of_any(self, step):
         """Return a signal that a process received, or 0: the same in all processes. Several agree
