@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -22,8 +23,8 @@ import probe
 import train
 from probe import load_data, load_teacher, save_encoder
 from seed import SEED, Encoder, InputError, Supervised
-from test_seed import (ARCH, HERE, TINY, assert_same_run, last_checkpoint, log_rows, refusal,
-                       run, same, spy, with_statistics)
+from test_seed import (ARCH, HERE, TINY, assert_same_run, draw_all_shapes, last_checkpoint,
+                       log_rows, make_cfg, refusal, run, same, spy, with_statistics)
 
 SHORT = "--method supervised --subset 48"           # six steps, a row and a save after 3 and 6
 LOCK = """import fcntl, sys, time
@@ -638,3 +639,26 @@ def test_students_share_a_cache_at_the_same_time(monkeypatch, cached):
     run(cached)                                                 # the other runs meanwhile
     assert len(asked) == 9, "each finds what the other has written"
     assert_same_run("without", "run")
+
+
+def test_each_step_process_and_seed_draws_other_random_numbers(monkeypatch):
+    """If dropout had the same mask in each step, it would remove the same features forever."""
+    seeds = set()
+    for number, step, rank in itertools.product((0, 1), (0, 1, 2), (0, 1)):
+        monkeypatch.setattr(train, "rank_and_world_size", lambda: (rank, 2))
+        train.seed_generators(make_cfg("--seed", str(number)), step)
+        seeds.add(torch.initial_seed())
+    assert len(seeds) == 12
+    train.seed_generators(make_cfg("--seed", str(2**63 - 1)), step=0)   # the largest one
+
+
+def test_the_file_of_a_short_run_has_usable_features(quick):
+    """If encoder.pt had the statistics of training, all features of a MobileNet would be nearly one
+    point. kNN in float32 would still work, but bf16 or a classifier would not."""
+    run("--method supervised --arch mobilenet_v3_small")
+    spread = {}
+    for name in ("last.pt", "encoder.pt"):
+        x = F.normalize(load_teacher(f"run/{name}").features(draw_all_shapes(64, 1).pixels), dim=1)
+        spread[name] = (x - x.mean(0)).norm(dim=1).mean()
+    assert spread["last.pt"] < 1e-3, "else this test shows nothing"
+    assert spread["encoder.pt"] > 0.5
