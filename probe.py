@@ -38,6 +38,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import ExifTags, Image, PngImagePlugin
 from torch import nn
@@ -1150,6 +1151,8 @@ def save_neighbors(path, train, test, train_x, test_x, size, count=8, k=7):
 # --------------------------------------------------------------------------------- 5. the command
 def is_main_process():
     """Return whether this process prints and writes."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
