@@ -1153,7 +1153,7 @@ def is_main_process():
     """Return whether this process prints and writes."""
     if dist.is_initialized():
         return dist.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+    return (os.environ.get("RANK") or "0") == "0" or not os.environ.get("WORLD_SIZE")
 
 
 def print0(*words):
@@ -1245,7 +1245,7 @@ def default_workers():
     cpus = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):                        # on Linux, there may be fewer
         cpus = len(os.sched_getaffinity(0))
-    return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
 def pick_device(name):

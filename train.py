@@ -197,12 +197,12 @@ def make_config(args, method, **changes):
 def init_distributed(device_name):
     """Join torchrun's process group, if there is one. Return the device of this process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    found = [name for name in names[:3] if name in os.environ]
-    missing = [name for name in names if name not in os.environ]
+    found = [name for name in names[:3] if os.environ.get(name)]
+    missing = [name for name in names if not os.environ.get(name)]
     if found and missing:
         raise InputError(f"of torchrun's variables, {' and '.join(found)} is set but {missing[0]} "
                          "is not; unset it, or start several processes with torchrun")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
     device = pick_device(device_name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -828,7 +828,7 @@ def fit_to_data(cfg, data):
     if cfg.queue_size > images and cfg.method in ("seed", "moco") and not cfg.profile:
         print0(f"note: the queue of {cfg.queue_size:,} is cut to the {images:,} images")
         cfg.queue_size = images
-    check_out(cfg.out, cfg.dataset, cfg.data)
+    from_main_process(check_out, cfg.out, cfg.dataset, cfg.data)
     identity = run_identity(cfg, data)
     for name in ("dim", *SWAV):                                 # the teacher decides these later
         del identity[name]

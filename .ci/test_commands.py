@@ -64,7 +64,7 @@ BAD_INPUT = [
     (f"train.py {FOLDER} images --out images/run", "is among the images of images"),
     (f"train.py {FOLDER} flat --method supervised", "flat has no labels to train with"),
     (f"train.py {FOLDER} flat --teacher-method supervised", "flat has no labels to train with"),
-    (f"train.py {FOLDER} flat --label-fraction 0.5", "label"),
+    (f"train.py {FOLDER} flat --label-fraction 0.5", "have no labels"),
     ("train.py --batch-size 6000", "--batch-size 6000: there are 250 training images"),
     ("train.py --batch-size 1", "--batch-size: must be from 2 to .*, got 1"),
     ("train.py --subset 6000", "--subset 6000: there are 250"),
@@ -73,10 +73,8 @@ BAD_INPUT = [
     ("train.py --method moco --teacher-cache cache", "--teacher-cache is only for --method seed"),
     ("train.py --method linear", "name its file with --init"),
     ("train.py --method moco --init teacher.pt --arch resnet18", "no complete resnet18"),
-    ("train.py --method moco --out notes.txt", "cannot make the folder notes.txt"),
     ("train.py --out notes.txt/run", "cannot make the folder notes.txt/run"),
     ("train.py --device cuda:99", "no device 'cuda:99' here; use --device .*cpu"),
-    ("train.py --symmetric", "unrecognized arguments: --symmetric"),
     ("probe.py", "required: encoder"),
     ("probe.py nothing.pt", "no such file: nothing.pt"),
     ("probe.py random:vit_b_16", "vit_b_16 does not turn images of 32 px"),
@@ -111,10 +109,9 @@ def test_what_is_no_number_or_out_of_range_is_refused(program, text):
 
 def test_numbers_that_may_be_zero_may_be_zero():
     """Nobody could train without weight decay, or without an evaluation on the way."""
-    names = ("weight_decay warmup_epochs hidden_dim workers eval_every seed small_crops "
-             "save_minutes").split()
-    cfg = make_cfg(*[f"--{name.replace('_', '-')}=0" for name in names])
-    assert [getattr(cfg, name) for name in names] == [0] * len(names)
+    names = "weight-decay warmup-epochs hidden-dim workers eval-every seed save-minutes".split()
+    cfg = vars(make_cfg(*[f"--{name}=0" for name in names]))
+    assert [cfg[name.replace("-", "_")] for name in names] == [0] * len(names)
 
 
 @pytest.mark.parametrize("program", [train, probe])
@@ -250,20 +247,14 @@ def test_each_printed_command_is_understood():
             train.make_config(args, args.method)
 
 
-@pytest.fixture
-def small_world(inputs, monkeypatch):
-    """What README's commands need: images in DIR and ~/images, CIFAR, and files at URLs, small."""
+def test_readmes_commands_run(inputs, monkeypatch, capsys):
+    """The first thing that a user tries would fail, or not leave what README describes."""
     for folder in ("DIR/train", "DIR/val", "home/images"):
         write_images(folder, {f"{'ab'[i % 2]}/{i:02d}.png": 6 * i for i in range(24)})
     monkeypatch.setenv("HOME", str(inputs / "home"))
     splits = [draw_all_shapes(100, split) for split in (0, 1)]
     monkeypatch.setattr(probe, "read_cifar", lambda *args: (*splits, probe.SHAPE_CLASSES))
     monkeypatch.setattr(probe, "download", lambda url: "teacher.pt")
-    return inputs
-
-
-def test_readmes_commands_run(small_world, capsys):
-    """The first thing that a user tries would fail, or not leave what README describes."""
     shorter = ("--epochs 1 --teacher-epochs 1 --max-steps 2 --batch-size 8 --image-size 32 "
                "--workers 0 --device cpu").split()
     first = None

@@ -1,6 +1,7 @@
 """Real processes: killed, signaled, left alone, and several that train together."""
 import contextlib
 import errno
+import itertools
 import os
 import runpy
 import shutil
@@ -13,11 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import probe
 import train
-from probe import load_data
 from test_seed import (ARCH, HERE, assert_same_run, last_checkpoint, log_rows, make_cfg, refusal,
                        run, write_images)
 
@@ -25,6 +24,8 @@ TRAIN = [sys.executable, HERE / "train.py"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TWO_RANKS = [*TORCHRUN, "--standalone", "--nproc_per_node=2", HERE / "train.py"]
 ALL = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+PORTS = itertools.count(20000 + os.getpid() % 10000)
+STARTED = []
 SHORT_RUN = (f"--arch {ARCH} --dataset folder --data images --image-size 32 --batch-size 8 "
              "--epochs 6 --queue-size 64 --eval-every 3 --device cpu --out run").split()
 
@@ -36,9 +37,10 @@ def gray_images(root, count=40):
 
 def start(*words, cwd, **variables):
     """Start a command as a user does, but on one thread. Return its Popen."""
-    return subprocess.Popen([str(word) for word in words], cwd=cwd, text=True,
-                            env={**os.environ, **variables, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    STARTED.append(subprocess.Popen([str(word) for word in words], cwd=cwd, text=True,
+                                    env={**os.environ, **variables, "OMP_NUM_THREADS": "1"},
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return STARTED[-1]
 
 
 def command(*words, cwd):
@@ -66,7 +68,7 @@ def start_run(folder, launcher, flags, rows):
 
 
 def family(process):
-    """Return the ids of a process and of its descendants, children first."""
+    """Return the ids of a process and of its descendants, parents first."""
     listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
     pairs = [[int(word) for word in line.split()] for line in listed.splitlines()[1:]]
     found = [process.pid]
@@ -78,14 +80,19 @@ def family(process):
 def signal_all(process, number):
     """Send a signal to a process and its descendants, workers first. Return what it printed."""
     for pid in family(process)[::-1]:
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):           # it has just ended
+            os.kill(pid, number)
     return process.communicate(timeout=60)
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """End the processes of a test that failed."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            signal_all(process, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("launcher, rows, flags", [
@@ -103,7 +110,6 @@ def test_a_run_that_is_killed_is_the_run_that_never_stopped(tmp_path, teacher_fi
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     process = start(*words, cwd=tmp_path)
     wait_for_rows(tmp_path / "run", rows, process)
-    time.sleep(0.01 * rows)
     signal_all(process, signal.SIGKILL)
     command(*words, cwd=tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -153,15 +159,14 @@ def test_a_process_that_dies_ends_the_others_and_leaves_a_checkpoint(tmp_path):
     process = start_run(tmp_path, TWO_RANKS, "--method moco", 3)
     os.kill(family(process)[2], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert error.count("error: another process of this run has ended") == 1, error
+    assert process.returncode and error.count("error: another process of this run has ended") == 1
     assert last_checkpoint(tmp_path / "run")["step"] >= 9
 
 
 def run_on_two_nodes(folder, flags, stop=False):
     """Run `train.py FLAGS` on two nodes, FOLDER/first and FOLDER/second, with one process each;
-    with `stop`, shut the second one down. Return the exit codes, and what each node printed."""
-    port = free_port()
+    with `stop`, shut the second one down. Return exit codes, and what each node printed."""
+    port = str(next(PORTS))
     agents = []
     for rank, name in enumerate(("first", "second")):
         nodes = f"--nnodes=2 --node_rank={rank} --master_addr=127.0.0.1 --master_port={port}"
@@ -180,6 +185,7 @@ def test_two_nodes_are_one_run(tmp_path):
     flags = [*SHORT_RUN, *f"--teacher-arch {ARCH} --teacher-method moco --teacher-epochs 1".split()]
     for name in ("one", "first", "second"):
         gray_images(tmp_path / name / "images")
+    (tmp_path / "second/run").touch()                           # only the first node needs a folder
     printed = command(*TWO_RANKS, *flags, cwd=tmp_path / "one")
     for line in ("stage 1: ", "stage 2: ", "; 2 process(es) on cpu", "wrote run/"):
         assert printed.count(line) == 1, "only the main process prints"
@@ -188,7 +194,7 @@ def test_two_nodes_are_one_run(tmp_path):
     codes, first, second = run_on_two_nodes(tmp_path, flags)
     assert codes == [0, 0], first + second
     assert "resuming at step" in first[0]
-    assert second[0] == "" and os.listdir(tmp_path / "second") == ["images"]
+    assert second[0] == "" and set(os.listdir(tmp_path / "second")) == {"images", "run"}
     assert_same_run(tmp_path / "one/run", tmp_path / "first/run")
     write_images(tmp_path / "second", {"images/a/000.png": 255})
     _, _, second = run_on_two_nodes(tmp_path, flags)
@@ -200,7 +206,7 @@ def test_two_nodes_are_one_run(tmp_path):
 def test_a_run_that_waits_for_others_can_be_ended(tmp_path, launcher, number):
     """If a process never comes, the others wait for hours. If they only noted signals meanwhile,
     neither `timeout` nor Slurm could end them."""
-    port = free_port()
+    port = str(next(PORTS))
     process = start(*launcher, "--device", "cpu", cwd=tmp_path, **{**ALL, "MASTER_PORT": port})
     error = 1
     while error and process.poll() is None:                     # while it waits, it listens there
@@ -214,46 +220,35 @@ def test_a_run_that_waits_for_others_can_be_ended(tmp_path, launcher, number):
     assert process.returncode == -(number if launcher == TRAIN else signal.SIGTERM)
 
 
-@pytest.mark.parametrize("names, words", [
-    (["RANK"], "RANK"), (["WORLD_SIZE"], "WORLD_SIZE"),
-    (["RANK", "WORLD_SIZE"], "RANK and WORLD_SIZE"),
-    (["RANK", "WORLD_SIZE", "LOCAL_RANK"], "MASTER_ADDR"), ([*ALL][:4], "MASTER_PORT")])
-def test_variables_of_another_launcher_are_named(monkeypatch, names, words):
+@pytest.mark.parametrize("names, device, words", [
+    (["RANK"], "cpu", "RANK"), (["WORLD_SIZE"], "cpu", "WORLD_SIZE"),
+    (["RANK", "WORLD_SIZE"], "cpu", "RANK and WORLD_SIZE"), ([*ALL][:3], "cpu", "MASTER_ADDR"),
+    ([*ALL][:4], "cpu", "MASTER_PORT"), (ALL, "mps", "several processes need NVIDIA GPUs"),
+    (ALL, "cuda", "there are only 0 GPUs")])
+def test_processes_that_cannot_be_are_refused(monkeypatch, names, device, words):
     """With a RANK that a platform or an old shell left, a run would print and save nothing. With a
     WORLD_SIZE, it would wait for hours for processes that do not exist."""
     for name in names:
         monkeypatch.setenv(name, ALL[name])
-    assert words in refusal(train.init_distributed, "cpu")
-    assert not dist.is_initialized()
+    monkeypatch.setattr(train, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert words in refusal(train.init_distributed, device)
 
 
 def test_a_rank_of_another_launcher_does_not_silence_the_probe(quick, monkeypatch, capsys):
     """probe.py is always a single process. With a RANK in the shell, it would print no accuracy."""
     monkeypatch.setenv("RANK", "1")
-    with contextlib.suppress(probe.InputError):                 # is as good
-        probe.main([f"random:{ARCH}", "--subset", "40", "--device", "cpu"])
-        assert "kNN" in capsys.readouterr().out
+    probe.main([f"random:{ARCH}", "--subset", "40", "--device", "cpu"])
+    assert "kNN" in capsys.readouterr().out
 
 
 def test_a_batch_is_shared_evenly_or_refused(quick, monkeypatch):
     """Processes would train on different numbers of images, or batch norm on a single one."""
     monkeypatch.setattr(train, "rank_and_world_size", lambda: (0, 2))
-    data = load_data("shapes")
-    for size in (129, 2):
-        line = refusal(train.fit_to_data, make_cfg("--batch-size", str(size)), data)
+    for size in ("129", "2"):
+        line = refusal(train.fit_to_data, make_cfg("--batch-size", size), probe.load_data("shapes"))
         assert f"--batch-size {size} must be a multiple of the 2 processes" in line
-    train.fit_to_data(make_cfg("--batch-size", "4"), data)
-
-
-@pytest.mark.parametrize("device, words", [
-    ("mps", "several processes need NVIDIA GPUs"), ("cuda", "there are only 1 GPUs")])
-def test_more_processes_than_the_machine_can_serve_are_refused(monkeypatch, device, words):
-    """Processes would wait for each other for hours, or share a GPU and be half as fast."""
-    monkeypatch.setattr(train, "pick_device", torch.device)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {**ALL, "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert words in refusal(train.init_distributed, device)
+    train.fit_to_data(make_cfg("--batch-size", "4"), probe.load_data("shapes"))
 
 
 def run_as_command(name, *words):
@@ -272,7 +267,8 @@ def test_bad_input_is_one_line_from_one_process(monkeypatch, capsys, rank, words
     main process has failed, torchrun ends the others before they print."""
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setenv("RANK", rank)
+    for name, value in {**ALL, "RANK": rank}.items():
+        monkeypatch.setenv(name, value)
     assert run_as_command(*words.split()) == 2
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("error: ") and error.count("\n") == 1
@@ -282,13 +278,9 @@ def test_bad_input_is_one_line_from_one_process(monkeypatch, capsys, rank, words
 @pytest.mark.parametrize("error, code, words", [
     (KeyboardInterrupt(), 130, "\ninterrupted"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "error: out of"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 1, "error: out of"),
-    (MemoryError(), 1, "error: out of memory; lower"),
     (RuntimeError("Connection closed by peer [127.0.0.1]:1"), 1, "error: another process of this"),
     (RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error."), 1,
      "error: a DataLoader worker was killed; if shared memory (/dev/shm) is small"),
-    (FloatingPointError("the loss is nan"), 1, "error: the loss is nan"),
-    (OSError("disk full"), 1, "error: disk full"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nmat1 and mat2"), None, "")])
 def test_a_run_that_cannot_go_on_says_why_in_one_line(monkeypatch, capsys, error, code, words):
     """A user would have to look for the reason in a traceback. But a bug needs its traceback: a
