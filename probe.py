@@ -1245,7 +1245,7 @@ def default_workers():
     cpus = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):                        # on Linux, there may be fewer
         cpus = len(os.sched_getaffinity(0))
-    return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+    return max(1, min(8, cpus // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))))
 
 
 def pick_device(name):

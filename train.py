@@ -205,7 +205,7 @@ def init_distributed(device_name):
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     device = pick_device(device_name)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         gpus = torch.cuda.device_count()
         if device.index >= gpus:
             raise InputError(f"there are only {gpus} GPUs; lower --nproc_per_node")
