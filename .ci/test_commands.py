@@ -17,7 +17,7 @@ import probe
 import seed
 import train
 from probe import load_data
-from test_seed import (ARCH, HERE, TINY, draw_all_shapes, make_cfg, refusal, same, snapshot, spy,
+from test_seed import (ARCH, HERE, TINY, draw_all_shapes, make_cfg, refusal, spy,
                        write_images)
 
 PROGRAMS = {"train.py": train, "probe.py": probe}
