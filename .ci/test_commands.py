@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import probe
 import seed
 import train
-from probe import load_data
+from probe import load_data, load_teacher, save_encoder
+from seed import Encoder
 from test_seed import (ARCH, HERE, TINY, draw_all_shapes, make_cfg, refusal, spy,
                        write_images)
 
@@ -328,3 +331,28 @@ def test_probe_uses_the_image_size_of_the_training_unless_it_is_given(inputs):
     assert size("teacher.pt") == 32
     assert size("teacher.pt --image-size 48") == 48
     assert size(f"random:{ARCH} --dataset folder") == 224
+
+
+def test_readmes_detector_sees_the_encoders_features(tmp_path, monkeypatch):
+    """If batch norm had another epsilon than the student's, the detector would start from other
+    feature maps. If its anchors did not fit, the first image would be an error."""
+    monkeypatch.chdir(tmp_path)
+    encoder = Encoder("mobilenet_v3_large", image_size=64)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(1e-4, 1e-2)             # so small that the epsilon counts
+    save_encoder("encoder.pt", encoder, "a test", False)
+    blocks = (HERE / "README.md").read_text().split("```python\n")[1:]
+    [block] = [block.split("```")[0] for block in blocks if "fasterrcnn" in block]
+    names = {}
+    exec(block, names)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = load_teacher("encoder.pt").backbone.features(x)
+        maps = names["detector"].backbone.body.eval()(x)
+    found = [value for value in maps.values() if value.shape == expected.shape]
+    assert (found[-1] - expected).norm() < 1e-4 * expected.norm()
+    target = dict(boxes=torch.tensor([[5.0, 5.0, 50.0, 50.0]]), labels=torch.tensor([1]))
+    losses = names["detector"].train()([x[0], x[0]], [target, target])
+    sum(losses.values()).backward()
+    assert names["detector"].eval()([x[0]])[0].keys() == {"boxes", "labels", "scores"}
