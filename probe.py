@@ -51,7 +51,7 @@ DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
 SMALL = 64                      # images of at most this many pixels per side stay decoded in memory
 MEMORY = 2 * 2**30              # if they fit in this many bytes
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif",
-              ".tiff", ".ppm", ".pgm", ".jp2")
+              ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".mpo", ".apng")
 NO_CLASSES = {"__macosx", "lost+found", "@eadir", "#recycle", "@recycle", "$recycle.bin",
               "#snapshot", "~snapshot", "@recently-snapshot", "network trash folder",
               "temporary items", "system volume information"}  # what operating systems leave
@@ -184,9 +184,8 @@ def find_images(name, root):
     """Return the training split, test split, classes and notes for the image files below `root`."""
     if not root.is_dir():
         raise InputError(f"there is no directory {root}; --data names the directory of images")
-    has_train = (root / "train").is_dir()
-    top = root / "train" if has_train else root
-    val = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+    top, val = split_folders(root)
+    has_train = top != root
     files, notes = list_files(top)
     if len(files) < 2:
         raise InputError(f"{len(files) or 'no'} image in {top} (looked for "
@@ -220,6 +219,13 @@ def find_images(name, root):
         raise InputError(f"{top} has one image per class, so no image can be held out for testing")
     test = train.subset(np.flatnonzero(held_out))
     return train.subset(np.flatnonzero(~held_out)), test, classes, notes
+
+
+def split_folders(root):
+    """Return the folders of the training images, which may be `root`, and of the test images."""
+    folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    val = [folders[name] for name in VAL_NAMES if name in folders]
+    return folders.get("train", root), val[0] if val else None
 
 
 def choose_held_out(names, folders):
@@ -588,7 +594,7 @@ def load_from_hub(name, pixels):
         backbone, again = [torch.hub.load(repo, entry, source=source, trust_repo="check")
                            for _ in range(2)]
         encoder = Encoder(name, None, backbone=backbone, **pixels)
-        for weights, others in zip(backbone.parameters(), again.parameters()):
+        for weights, others in zip(backbone.state_dict().values(), again.state_dict().values()):
             if not torch.equal(weights, others):
                 raise ValueError("some of its layers have random weights; use its file of weights")
     except (Exception, SystemExit) as e:                                # it is other people's code
@@ -599,9 +605,9 @@ def load_from_hub(name, pixels):
 
 
 def flatten(value, name=""):
-    """Return all tensors in nested dicts, by their dotted names."""
+    """Return all tensors in nested dicts, by their dotted names; torch.compile adds _orig_mod."""
     if isinstance(value, torch.Tensor):
-        return {name: value}
+        return {name.replace("_orig_mod.", ""): value}
     found = {}
     is_dict = isinstance(value, dict) and name.count(".") < 30      # it might contain itself
     for key, inner in value.items() if is_dict else ():
@@ -632,7 +638,7 @@ def network_name(arch, file, path):
     name = re.sub(r"^(resnet\d+)[wx]\d$", r"\1", found.lower())        # a wider ResNet
     if arch is None and name not in torchvision.models.list_models():
         raise InputError(f"{path} is a {found}, which torchvision does not have. If one of its "
-                         "networks computes the same, name that with --teacher-arch")
+                         "networks computes the same, name that: --teacher-arch, or probe.py --arch")
     return name
 
 
@@ -661,13 +667,13 @@ def find_backbone(tensors, arch, prefix, path):
             return chosen[0], tuple(found for found in whole if found not in ("", *chosen))
     if whole and (candidates or prefix is None):
         raise InputError(f"{path} contains several networks, under {whole}; choose one of them "
-                         "with --teacher-prefix")
+                         "with --teacher-prefix (probe.py: --prefix)")
     prefix = prefix or max(counts, key=counts.get, default="")
     missing = ", ".join([key for key in keys if prefix + key not in tensors][:3])
     held = ", ".join(list(tensors)[:3]) or "no tensors"
     raise InputError(f"{path} has no complete {arch or 'ResNet'}: {counts[prefix]} of {len(keys)} "
                      f"keys are there, under '{prefix}', without {missing}; it contains {held}. "
-                     "--teacher-arch names another network")
+                     "--teacher-arch (probe.py: --arch) names another network")
 
 
 def unused_words(name):
@@ -1055,7 +1061,7 @@ def linear_probe(train_x, train_y, test_x, test_y, rates=(0.001, 0.003, 0.01, 0.
     used, and the last epoch counts. Features are standardized, so the same rates suit every
     network."""
     mean = train_x.mean(0)
-    std = train_x.std(0)
+    std = train_x.std(0, correction=0)
     std = std.clamp(min=1e-5 * std.max().item() + 1e-30)        # a constant feature stays at 0
     train_x = (train_x - mean).div_(std)
     test_x = (test_x - mean).div_(std)
@@ -1171,7 +1177,7 @@ REASONS = {                     # what PyTorch's errors mean, if they are not bu
     "Too many open files": "raise the limit of open files (ulimit -n 65536) or lower --workers",
     "out of memory|llocate|ALLOC_FAILED|MemoryError": "out of memory; lower --batch-size, "
     "--image-size, --subset or --workers",
-    "onnection (closed|reset)|NCCL": "another process of this run has ended or cannot be reached; "
+    "onnection (closed|reset)|imed out|NCCL": "another process of this run has ended or cannot be reached; "
     "the same command resumes from the last checkpoint"}
 
 
@@ -1234,7 +1240,7 @@ def add_data_flags(flag):
          help="use this fraction of each class of the training images")
     flag("--small-images", action=argparse.BooleanOptionalAction,
          help="full resolution in the first layers, for 32-64 px: better and far slower; use a GPU")
-    flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, views and subset")
+    flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, views and subset")
     flag("--workers", type=number(int, 0, 256), default=default_workers(),
          help="DataLoader workers (%(default)s); raise it if a run waits for data")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -1275,8 +1281,8 @@ def check_out(out, dataset, data):
         raise InputError(f"cannot make the folder {out}; use another --out")
     root = Path(data).resolve()
     tops = [root]
-    if (root / "train").is_dir():
-        tops = [root / name for name in ("train", *VAL_NAMES)]
+    if root.is_dir() and split_folders(root)[0] != root:
+        tops = [*split_folders(root), *[root / name for name in VAL_NAMES]]
     if dataset in ("folder", "imagenet") and {folder, *folder.parents} & set(tops):
         raise InputError(f"{out} is among the images of {data}; use another --out")
 

@@ -1161,6 +1161,8 @@ def test_the_linear_probe_learns_what_is_linear_at_any_scale():
     only = test_y == 0
     assert probe.linear_probe(train_x, train_y, test_x[only], test_y[only])[0] > 75
     assert probe.linear_probe(train_x, train_y[torch.randperm(1000)], test_x, test_y)[0] < 60
+    found, _ = probe.linear_probe(train_x[:1], train_y[:1], test_x, test_y)
+    assert found == 100 * (test_y == train_y[0]).float().mean(), "a single image has no deviation"
 
 
 def test_the_linear_probe_never_uses_the_test_labels_to_choose(monkeypatch):

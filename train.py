@@ -216,6 +216,8 @@ def init_distributed(device_name):
     if world_size > 1 and device.type == "mps":
         raise InputError("several processes need NVIDIA GPUs or --device cpu")
     if world_size > 1:
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends a wait for the others
         gpu = device if device.type == "cuda" else None
         dist.init_process_group("nccl" if gpu else "gloo", None, timedelta(hours=2), device_id=gpu)
     return device
@@ -480,8 +482,8 @@ def train(cfg, data, device, teacher=None, init=None):
 
 def seed_generators(cfg, step):
     """Seed dropout and MoCo's shuffle."""
-    rank, world_size = rank_and_world_size()
-    torch.manual_seed(((cfg.seed * 2**32 + step) * world_size + rank) % 2**63)
+    numbers = np.random.default_rng((cfg.seed, step, rank_and_world_size()[0]))
+    torch.manual_seed(int(numbers.integers(2**32)))             # a CPU uses 32 bits of it
 
 
 @contextlib.contextmanager
@@ -589,6 +591,7 @@ class Run:
         self.steps_per_epoch = len(data.train) // cfg.batch_size
         self.last_step = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
         self.seconds = 0.0                                      # of training, without evaluation
+        self.numbers = {}                                       # of the last row of the log
         self.printed = 0.0
 
     def open(self):
@@ -1002,6 +1005,8 @@ def main(argv=None):
     if is_main_process() and cfg.method in ("linear", "finetune"):
         found = run.evaluate()
         print(f"accuracy of the classifier on {len(data.test):,} test images: {found:.1f}%")
+        if run.numbers.get("loss", 0) > math.log(len(data.classes)):
+            print("note: its last loss is above chance level; use a lower --lr and another --out")
         save_json(run.out / "results.json", dict(name=name, accuracy=found))
     elif is_main_process():
         if not init:                        # with statistics of its own, like the other rows

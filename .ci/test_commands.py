@@ -218,6 +218,12 @@ def blocks_of_readme():
     return "".join(block.split("```")[0] for block in text.split("```sh\n")[1:])
 
 
+def commands_of_tops():
+    """Return the shell code at the tops of our programs, with a folder of ImageNet that exists."""
+    tops = f"{train.__doc__}\n{probe.__doc__}".replace("\\\n", "").replace("/imagenet", "DIR")
+    return "\n" + "\n".join(re.findall("^    ((?:python|torchrun) .*)$", tops, re.M))
+
+
 def commands_in(text):
     """Return the commands of our programs in shell code: lists of the program and its words."""
     found = []
@@ -241,17 +247,17 @@ def test_each_printed_command_is_understood():
     subprocess.run(["bash", "-n"], input=blocks, text=True, check=True)
     for name in re.findall(r"\S+\.(?:py|sh|txt)\b", blocks):
         assert (HERE / name).exists(), name
-    tops = f"{train.__doc__}\n{probe.__doc__}".replace("\\\n", "")
-    tops = "\n".join(re.findall("^    ((?:python|torchrun) .*)$", tops, re.M))
+    tops = commands_of_tops()
     assert len(commands_in(blocks)) >= 8 and len(commands_in(tops)) >= 4
-    for program, *words in commands_in(f"{blocks}\n{tops}"):
+    for program, *words in commands_in(blocks + tops):
         args = PROGRAMS[program].parse_args(words)
         if program == "train.py":
             train.make_config(args, args.method)
 
 
 def test_readmes_commands_run(inputs, monkeypatch, capsys):
-    """The first thing that a user tries would fail, or not leave what README describes."""
+    """The first thing that a user tries would fail, or not leave what README describes. Commands at
+    the top of a file run, too."""
     for folder in ("DIR/train", "DIR/val", "home/images"):
         write_images(folder, {f"{'ab'[i % 2]}/{i:02d}.png": 6 * i for i in range(24)})
     monkeypatch.setenv("HOME", str(inputs / "home"))
@@ -261,7 +267,9 @@ def test_readmes_commands_run(inputs, monkeypatch, capsys):
     shorter = ("--epochs 1 --teacher-epochs 1 --max-steps 2 --batch-size 8 --image-size 32 "
                "--workers 0 --device cpu").split()
     first = None
-    for program, *words in commands_in(blocks_of_readme()):
+    for name in ("encoder.pt", "moco_v2_800ep_pretrain.pth.tar"):
+        shutil.copy("teacher.pt", name)
+    for program, *words in commands_in(blocks_of_readme() + commands_of_tops()):
         if program == "probe.py":
             probe.main([*words, "--device", "cpu", "--workers", "0"])
             assert "kNN" in capsys.readouterr().out

@@ -131,6 +131,7 @@ LAYOUTS = {         # where the backbone is, and its head; the head's layers; wh
     "an old PyTorch": ("state_dict/module.", "", "", "old layer:module.fc."),
     "an average of files": ("", "", "", "averaged"),
     "compiled": ("model/_orig_mod.module.", "_orig_mod.module.fc.", "512 relu 128", ""),
+    "compiled in parts": ("state_dict/", "fc._orig_mod.", "512 relu 128", "parts"),
     "lightly's MoCo": ("state_dict/backbone.", "projection_head.layers.", "512 relu 128",
                        "numbered:backbone_momentum. head:projection_head_momentum.layers."),
     "solo-learn's BYOL": ("state_dict/backbone.", "projector.", "96 bn relu 32",
@@ -163,6 +164,8 @@ def layout_file(name, network, head):
     weights = network.state_dict()
     if "old" in words:
         weights = {key: value for key, value in weights.items() if "num_batches" not in key}
+    if "parts" in words:
+        weights = {key.replace("layer1.", "layer1._orig_mod."): weights[key] for key in weights}
     if "averaged" in words:                             # then the counters are not integers
         weights = {key: value.double() for key, value in weights.items()}
     top = place[:place.find("/") + 1]
@@ -178,7 +181,7 @@ def test_a_published_layout_becomes_the_network_that_its_authors_evaluate(tmp_pa
     """Another copy of the network, or another head, would teach something else without a word."""
     place, _, layers, words = LAYOUTS[name]
     head = head_of(layers) if layers else nn.Identity()
-    prefix = place.replace("/", ".")
+    prefix = place.replace("/", ".").replace("_orig_mod.", "")
     torch.save(layout_file(name, RESNET, head), tmp_path / "file.pth",
                _use_new_zipfile_serialization="old" not in words)       # until 2020
     flags = dict(PLAIN, prefix=prefix) if "chosen" in words else PLAIN
@@ -378,7 +381,7 @@ def test_no_damaged_file_becomes_another_network(tmp_path, monkeypatch):
     for _ in range(40):
         name = rng.choice([*LAYOUTS])
         place, _, layers, words = LAYOUTS[name]
-        prefix = place.replace("/", ".")
+        prefix = place.replace("/", ".").replace("_orig_mod.", "")
         file = layout_file(name, network, head_of(layers, 1024) if layers else None)
         key = rng.choice([*probe.flatten(file)])
         damage(file, rng.choice([*DAMAGE]), key.partition(".")[2] or key)

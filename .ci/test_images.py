@@ -180,6 +180,16 @@ def test_a_folder_that_does_not_fit_is_one_line(tmp_path, name, images, words):
     assert words in line and f"{tmp_path}/data" in line
 
 
+@pytest.mark.parametrize("train, test", [("train", "Test"), ("Train", "VAL"), ("TRAIN", "valid")])
+def test_the_split_of_a_folder_is_found_in_any_case(tmp_path, train, test):
+    """The test images would be left out, and a tenth of the training images held out instead."""
+    names = [f"{train}/a/1.png", f"{train}/b/2.png", f"{test}/a/3.png"]
+    write_images(tmp_path, dict.fromkeys(names, 7))
+    data = load_data("folder", tmp_path, 32)
+    assert data.test.files == [str(tmp_path / names[2])] and len(data.train) == 2
+    assert "is among the images" in refusal(probe.check_out, tmp_path / test, "folder", tmp_path)
+
+
 def test_no_class_is_lost(tmp_path, monkeypatch):
     """os.walk skips folders that cannot be opened. With --data / or D:\\, names of classes would
     lose their first letter: cat and bat become one."""

@@ -424,7 +424,7 @@ def test_a_secret_in_a_url_is_not_written(quick, monkeypatch, capsys, teacher_fi
 
 
 @pytest.mark.parametrize("method", ["linear", "finetune"])
-def test_a_classifier_resumes_and_is_logged(quick, teacher_file, method):
+def test_a_classifier_resumes_and_is_logged(quick, teacher_file, capsys, method):
     """A hundred epochs on ImageNet would be lost, or the probe would train what it is to judge."""
     flags = f"--method {method} --init {teacher_file} --eval-every 1"
     run(flags, "whole")
@@ -443,8 +443,12 @@ def test_a_classifier_resumes_and_is_logged(quick, teacher_file, method):
         moved = not torch.equal(before[name], value)
         assert moved == (method == "finetune"), "weights, and statistics of batch norm"
         assert moved == (not torch.equal(before[name], trained[f"encoder.backbone.{name}"]))
-    if method == "linear":
-        refusal(run, f"{flags} --compare", out="compared")      # its accuracy would be the rival's
+    refusal(run, f"{flags} --compare", out="compared")          # its accuracy would be the rival's
+    for lr, is_far in ((1e3, True), (0.3, False)) if method == "linear" else ():
+        capsys.readouterr()
+        run(f"{flags} --lr {lr} --weight-decay 0 --epochs 12", str(lr))
+        note = "note: its last loss is above chance level"
+        assert (note in capsys.readouterr().out) == is_far
 
 
 def test_few_labels_shrink_the_batch(quick, monkeypatch):
@@ -649,7 +653,7 @@ def test_each_step_process_and_seed_draws_other_random_numbers(monkeypatch):
         train.seed_generators(make_cfg("--seed", str(number)), step)
         seeds.add(torch.initial_seed())
     assert len(seeds) == 12
-    train.seed_generators(make_cfg("--seed", str(2**63 - 1)), step=0)   # the largest one
+    train.seed_generators(make_cfg("--seed", str(2**32 - 1)), step=0)   # the largest one
 
 
 def test_the_file_of_a_short_run_has_usable_features(quick):
