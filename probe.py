@@ -1079,7 +1079,7 @@ def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
     """Evaluate an encoder on a data set, on at most `limit` images of each split (a fixed choice).
 
     Returns: scores, a dict of knn and linear (percent) and rate (of the linear probe), which are
-    None without labels; and for `save_neighbors` both splits and their features."""
+    None without labels; and for `save_neighbors` both splits, and the pair of their features."""
     splits = [data.train, data.test]
     for i, split in enumerate(splits):
         if limit and len(split) > limit:
@@ -1094,7 +1094,7 @@ def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
         if linear:
             found = linear_probe(train_x, train_y, test_x, test_y)
             scores["linear"], scores["rate"] = found
-    return scores, (*splits, *features)
+    return scores, (*splits, features)
 
 
 # ------------------------------------------------------------------------------------ 4. pictures
@@ -1136,21 +1136,22 @@ def save_views(path, data, cfg, columns=8, count=6):
     save_grid(path, rows)
 
 
-def save_neighbors(path, train, test, train_x, test_x, size, count=8, k=7):
-    """Write test images, each with its nearest training images. Their frames are green for the same
-    label and red for another one."""
+def save_neighbors(path, train, test, features, size, count=6, k=7):
+    """Write test images, each with its nearest training images, in a row for each pair of `features`
+    (of the training and the test images). Frames are green for the same label, red for another."""
     queries = np.random.default_rng(0).permutation(len(test))[:count]
-    indices = nearest_neighbors(test_x[queries], train_x, k)[1]
+    nearest = [nearest_neighbors(test_x[queries], train_x, k)[1] for train_x, test_x in features]
     rows = []
     frames = []
-    for query, near in zip(queries.tolist(), indices.tolist()):
-        rows.append([center_image(test, query, size)])
-        rows[-1] += [center_image(train, i, size) for i in near]
-        colors = ["white"] * len(near)
-        if train.labels is not None and test.labels is not None:
-            same = train.labels[near] == test.labels[query]
-            colors = ["green" if hit else "red" for hit in same]
-        frames.append(["white", *colors])
+    for i, query in enumerate(queries.tolist()):
+        for near in nearest:
+            images = [center_image(train, index, size) for index in near[i].tolist()]
+            rows.append([center_image(test, query, size), *images])
+            colors = ["white"] * len(images)
+            if train.labels is not None and test.labels is not None:
+                same = train.labels[near[i]] == test.labels[query]
+                colors = ["green" if hit else "red" for hit in same]
+            frames.append(["white", *colors])
     save_grid(path, rows, frames)
 
 
@@ -1356,12 +1357,12 @@ def main(argv=None):
     out = Path(args.out or out)
     check_out(out, args.dataset, args.data)
     make_folder(out)
-    scores, material = evaluate(encoder, data, device, args.workers)
+    scores, (train, test, features) = evaluate(encoder, data, device, args.workers)
     if data.has_labels:
         print0(f"kNN {scores['knn']:.1f}%   linear probe {scores['linear']:.1f}%")
     else:
         print0("no labels, so no accuracy")
-    save_neighbors(out / "neighbors.png", *material, data.image_size)
+    save_neighbors(out / "neighbors.png", train, test, [features], data.image_size)
     args.encoder = args.encoder.split("?")[0]                   # a signed URL contains a secret
     summary = dict(encoder=args.encoder, provenance=encoder.provenance,
                    used_labels=encoder.used_labels, data=str(data), flags=vars(args), **scores)

@@ -1187,7 +1187,7 @@ def test_evaluate_uses_the_features_of_test_views(few_shapes, size):
     accuracy of the table would be wrong."""
     encoder = with_statistics(Encoder(ARCH, image_size=size))
     data = load_data("shapes", subset=200)
-    scores, (_, _, train_x, test_x) = probe.evaluate(encoder, data)
+    scores, (_, _, (train_x, test_x)) = probe.evaluate(encoder, data)
     assert encoder.training, "an evaluation must not change the mode"
     encoder.eval()
     with torch.no_grad():

@@ -927,19 +927,20 @@ def profile(cfg, data, device, teacher, init):
 def print_table(rows, data, device, workers, out):
     """Evaluate the encoder of each row, print a table, and write it to OUT/results.json.
 
-    rows: dicts of name, encoder (Encoder or its file), seconds (of training, or None), and
-    by_teacher: whether only its teacher can have used labels."""
+    rows: dicts of name, encoder (Encoder or its file), seconds (of training, or None), by_teacher
+    (only its teacher can have used labels), and in_picture (neighbors.png shows it)."""
     counts = [f"{min(len(split), TABLE_LIMIT):,}" for split in (data.train, data.test)]
     print0(f"\nevaluating on {counts[0]} training and {counts[1]} test images")
     width = max(len(row["name"]) for row in rows)
     print0(f"{'':{width}s}     kNN  linear  seconds  labels used")
     results = []
+    pictured = []
     for row in rows:
         encoder = row["encoder"]
         if not isinstance(encoder, nn.Module):
             encoder = load_teacher(encoder)
         encoder = encoder.to(device, memory_format=torch.channels_last)
-        scores, material = evaluate(encoder, data, device, workers, TABLE_LIMIT)
+        scores, (train, test, features) = evaluate(encoder, data, device, workers, TABLE_LIMIT)
         texts = [f"{scores[name]:.1f}%" if data.has_labels else "-" for name in ("knn", "linear")]
         seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
         labels = {True: "yes", False: "no", None: "unknown"}[encoder.used_labels]
@@ -947,8 +948,9 @@ def print_table(rows, data, device, workers, out):
             labels = "by its teacher"
         print0(f"{row['name']:{width}s}  {texts[0]:>6s}  {texts[1]:>6s}  {seconds:>7s}  {labels}")
         results.append(dict(name=row["name"], seconds=row["seconds"], labels=labels, **scores))
-        if row["encoder"] == f"{out}/encoder.pt":
-            save_neighbors(Path(out, "neighbors.png"), *material, data.image_size)
+        if row.get("in_picture"):
+            pictured.append(features)
+    save_neighbors(Path(out, "neighbors.png"), train, test, pictured, data.image_size)
     save_json(Path(out, "results.json"), results)
     print0(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbors.png")
 
@@ -989,7 +991,8 @@ def main(argv=None):
     if cfg.method == "seed":
         teacher, seconds, changes = get_teacher(args, cfg, data, device)
         vars(cfg).update(changes)
-        rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds))
+        rows.append(dict(name=f"{teacher.arch}, the teacher", encoder=teacher, seconds=seconds,
+                         in_picture=True))
     if args.profile:
         return profile(cfg, data, device, teacher, init)
     for student in students:
@@ -999,7 +1002,8 @@ def main(argv=None):
         teacher_of = teacher if student.method == "seed" else None
         run = train(student, data, device, teacher_of, init if student is cfg else None)
         rows.append(dict(name=name, encoder=f"{student.out}/encoder.pt", seconds=run.seconds,
-                         by_teacher=student.method == "seed" and not init))
+                         by_teacher=student.method == "seed" and not init,
+                         in_picture=student is cfg))
     if dist.is_initialized():
         dist.destroy_process_group()
     if is_main_process() and cfg.method in ("linear", "finetune"):

@@ -441,7 +441,7 @@ def test_a_signature_is_written_nowhere(url, monkeypatch, few_shapes):
     torch.save(dict(backbone_of(ARCH).state_dict(), arch=ARCH), "teacher.pth")
     url = f"{url}?signature={60 * 'secret'}"                            # too long for a file's name
     scores = dict(knn=1.0, linear=1.0, rate=1.0)
-    monkeypatch.setattr(probe, "evaluate", lambda *args: (scores, ()))
+    monkeypatch.setattr(probe, "evaluate", lambda *args: (scores, (0, 0, 0)))
     monkeypatch.setattr(probe, "save_neighbors", lambda *args: None)
     probe.main([url, "--out", "out", "--device", "cpu", "--image-size", "32"])
     cfg = make_cfg("--teacher", url, "--init", url)
