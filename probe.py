@@ -1,15 +1,15 @@
-"""Images and networks in; features, accuracies and image grids out.
+"""Compute features, accuracies and image grids from images and networks.
 
     python probe.py runs/shapes-seed-mobilenet_v3_large/encoder.pt
     python probe.py random:mobilenet_v3_large
     python probe.py encoder.pt --dataset folder --data ~/images
 
 An encoder that was trained without labels is judged by its frozen features, on a task for which it
-was not trained. kNN (do the ten nearest training images have the right label?) has no settings to
-tune. A linear probe (can one linear layer read the label off the features?) chooses its learning
-rate on held-out *training* images. No choice depends on the test images.
+was not trained. kNN lets the ten nearest training images vote for the label of a test image. It has
+no settings to tune. A linear probe fits one linear layer that predicts labels from features. Its
+learning rate is chosen on held-out *training* images. No choice depends on the test images.
 
-Letters in shapes as in seed.py; also N, M: images of a split, F: features.
+Shapes use the letters of seed.py, and N, M (images in a split) and F (features).
 """
 import argparse
 import atexit
@@ -361,8 +361,8 @@ def orientation(image):
 
 
 def center_box(size):
-    """Return the `choose_boxes` of the test view: the central square of a small image, and 7/8 of
-    it for larger views (resize to 256, crop 224)."""
+    """Return a `choose_boxes` for the test view: the central square if the view is small, otherwise
+    7/8 of its side (as in: resize to 256, crop 224)."""
     fraction = 1 if size <= SMALL else 7 / 8
 
     def choose_boxes(height, width):
@@ -452,7 +452,7 @@ SHAPE_CLASSES = [f"{t} {o}" for o, t in itertools.product(OUTLINES, TEXTURES)]
 
 def draw_shapes(n, split):
     """Draw the built-in data set: n images of 32 px in 20 classes, each an outline with a texture.
-    Position, size, angle and colors are random. It needs no file and takes a second, and a split
+    Position, size, angle and colors are random. Drawing needs no file and takes a second. A split
     (0: training, 1: test) is the same on every machine."""
     labels = torch.arange(n) % len(SHAPE_CLASSES)
     outline = labels // len(TEXTURES)
@@ -638,7 +638,7 @@ def network_name(arch, file, path):
     name = re.sub(r"^(resnet\d+)[wx]\d$", r"\1", found.lower())        # a wider ResNet
     if arch is None and name not in torchvision.models.list_models():
         raise InputError(f"{path} is a {found}, which torchvision does not have. If one of its "
-                         "networks computes the same, name that: --teacher-arch, or probe.py --arch")
+                         "networks computes the same, --teacher-arch (probe.py: --arch) names it")
     return name
 
 
@@ -884,9 +884,8 @@ def describe(encoder, provenance, used_labels):
 
 
 def save_encoder(path, encoder, provenance, used_labels):
-    """Write an encoder.pt: the head, and the backbone under torchvision's names.
-
-    Args: path; encoder: Encoder; provenance, used_labels: the attributes of the same name."""
+    """Write an Encoder to an encoder.pt, with the backbone under torchvision's names. provenance,
+    used_labels: the values of these attributes when the file is loaded."""
     file = describe(encoder, provenance, used_labels)
     for part in ("backbone", "head"):
         weights = getattr(encoder, part).state_dict()
@@ -896,8 +895,8 @@ def save_encoder(path, encoder, provenance, used_labels):
 
 @contextlib.contextmanager
 def replace_file(path):
-    """Yield a binary file that becomes `path` once it is complete and on the disk. If the process
-    is killed or power is lost, `path` has its old or its new content. OSError if writing fails."""
+    """Yield a binary file that becomes `path` once it is complete and on the disk. After a kill or
+    a power cut, `path` has its old content or its new content. Raise OSError if writing fails."""
     temporary = f"{path}.{os.getpid()}.tmp"
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
@@ -938,10 +937,10 @@ def resize(pixels, size):
 
 
 def read_images(split, views, items, device, workers, seed=0):
-    """Yield for each batch a list of its images for each view, uint8 [B, 3, H, W], on the device:
-    whole images if they are in memory, and `Crops` of images on disk.
+    """Yield each batch as a list with its images for each view, uint8 [B, 3, H, W], on the device.
+    Images in memory are whole; those on disk are `Crops`.
 
-    views: side and crop scale of each; items: batches, lists of (epoch, index)."""
+    views: side and crop scale of each view; items: for each batch a list of (epoch, index)."""
     if split.pixels is not None:
         pixels = split.pixels.to(device)
         for batch in items:
@@ -1137,8 +1136,8 @@ def save_views(path, data, cfg, columns=8, count=6):
 
 
 def save_neighbors(path, train, test, features, size, count=6, k=7):
-    """Write test images, each with its nearest training images, in a row for each pair of `features`
-    (of the training and the test images). Frames are green for the same label, red for another."""
+    """Write test images, each with its nearest training images, in one row for each pair of
+    `features` (training, test). Frames are green for the same label and red for another one."""
     queries = np.random.default_rng(0).permutation(len(test))[:count]
     nearest = [nearest_neighbors(test_x[queries], train_x, k)[1] for train_x, test_x in features]
     rows = []
@@ -1178,8 +1177,8 @@ REASONS = {                     # what PyTorch's errors mean, if they are not bu
     "Too many open files": "raise the limit of open files (ulimit -n 65536) or lower --workers",
     "out of memory|llocate|ALLOC_FAILED|MemoryError": "out of memory; lower --batch-size, "
     "--image-size, --subset or --workers",
-    "onnection (closed|reset)|imed out|NCCL": "another process of this run has ended or cannot be reached; "
-    "the same command resumes from the last checkpoint"}
+    "onnection (closed|reset)|imed out|NCCL": "another process of this run has ended or cannot be "
+    "reached; the same command resumes from the last checkpoint"}
 
 
 def run_command(main):

@@ -43,10 +43,10 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 # ------------------------------------------------------------------------------------- 1. the loss
 def similarity_logits(z, own_entry, queue, tau):
-    """Return the cosine similarities of z to d_0 (own_entry) and d_1 ... d_K (queue), over tau.
+    """Return the similarities of z to d_0 (own_entry) and d_1 ... d_K (queue), divided by tau.
 
     Args: z: float [B, D]; own_entry: float [B, D], the teacher's embeddings of the same views;
-        queue: float [K, D]; all rows have unit norm; tau: above 0.
+        queue: float [K, D]; tau: above 0. All rows have unit norm.
     Returns: float32 [B, 1+K]. Raises: ValueError for other shapes or a tau of 0 or below."""
     if z.ndim != 2 or own_entry.shape != z.shape or queue.ndim != 2 or queue.shape[1] != z.shape[1]:
         shapes = [list(x.shape) for x in (z, own_entry, queue)]
@@ -131,7 +131,7 @@ def rank_and_world_size():
 @torch.no_grad()
 def concat_all_gather(x):
     """Gather x [B, ...] of all processes into [R*B, ...], without gradient. Process r holds images
-    r, r+R, ... of the global batch, so the parts are interleaved, in a single process's order."""
+    r, r+R, ... of the global batch. Interleaving restores the order that a single process has."""
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return x
@@ -184,13 +184,13 @@ class FeatureQueue(nn.Module):
 class SEED(nn.Module):
     """Self-supervised distillation: the student learns the teacher's similarity distributions.
 
-    The training step is in `toy` below, and is the same for every method of this project. Methods
-    receive a list of `views_per_image` views, here one: images [B, 3, S, S], or what you train on.
+    The training step is in `toy` below, and is the same for every method of this project. A method
+    receives a list of `views_per_image` views (here one): images [B, 3, S, S], or your own data.
 
     Args: student, teacher: any modules that turn a view into embeddings [B, D] and have an
         attribute `dim` = D. SEED normalizes the embeddings and freezes the teacher.
         queue_size: K; tau_s, tau_t: the temperatures of `seed_loss`.
-    Raises: ValueError if the two have no `dim` in common."""
+    Raises: ValueError unless both networks have the same `dim`."""
     views_per_image = 1
 
     def __init__(self, student, teacher, queue_size=65536, tau_s=0.2, tau_t=0.01):
@@ -210,7 +210,7 @@ class SEED(nn.Module):
         """Set the student's mode. The teacher always stays in evaluation mode.
 
         In training mode, its batch norm would drift with our data. In evaluation mode, z_t does
-        not depend on the batch, so images need not be shuffled between GPUs, as MoCo does."""
+        not depend on the batch, so SEED need not shuffle images between GPUs, as MoCo must."""
         super().train(mode)
         self.teacher.eval()
         return self

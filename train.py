@@ -238,8 +238,8 @@ def first_of_node():
 
 
 def from_main_process(function, *args):
-    """Call a function only in the main process. Return its result, or raise its InputError, in all
-    processes: a run's folder may exist only on the first node."""
+    """Call a function only in the main process, since a run's folder may exist only on the first
+    node. Return its result, or raise its InputError, in all processes."""
     found = [None, None]
     if is_main_process():
         try:
@@ -298,8 +298,8 @@ def plan(num_images, cfg, steps):
 
 
 def batches(split, cfg, device, views, steps):
-    """Yield a Batch for each step of a range. views: side and crop scale of each view. Everything
-    after the crop is computed on the device, a whole batch at once."""
+    """Yield a Batch for each step of a range. Everything after the crop is computed on the device,
+    a whole batch at once. views: side and crop scale of each view."""
     items = ([(epoch, int(sample)) for sample in samples]
              for _, epoch, samples in plan(len(split), cfg, steps))
     already_cropped = split.pixels is None
@@ -329,13 +329,12 @@ def view_plan(cfg):
 
 
 # ----------------------------------------------------------------------------------- 4. the loop
-class Classifier(nn.Module):
-    """A linear classifier on an encoder's features: the paper's linear probe if the encoder is
-    frozen, including its batch norm, otherwise fine-tuning."""
-    views_per_image = 1
+class Classifier(Supervised):
+    """A linear classifier on an encoder's features. It is the paper's linear probe if the encoder
+    and its batch norm are frozen. Otherwise, the encoder is fine-tuned."""
 
     def __init__(self, encoder, classes, frozen):
-        super().__init__()
+        nn.Module.__init__(self)                                # without class vectors
         self.frozen = frozen
         self.encoder = encoder.requires_grad_(not frozen)
         encoder.head.requires_grad_(False)                      # unused
@@ -351,11 +350,6 @@ class Classifier(nn.Module):
 
     def forward(self, views):
         return self.classifier(self.encoder.features(views[0])).float()     # [B, C]
-
-    targets = Supervised.targets
-    loss = Supervised.loss
-    diagnostics = Supervised.diagnostics
-    after_step = Supervised.after_step
 
 
 def new_encoder(cfg, init=None):
@@ -554,14 +548,13 @@ def check_folder(out, identity):
                          "weights of an encoder.pt), or delete it")
 
 
-def lock_folder(out, wait=False):
-    """Return an open file that locks the folder. If another run has locked it, wait, or raise
-    InputError. (Windows and some network disks have no locks.)"""
-    make_folder(out)
-    file = open(Path(out, ".cache-lock" if wait else ".lock"), "a+")
+def lock_folder(out):
+    """Return an open file that locks the folder, or raise InputError if another run has locked it.
+    Windows and some network disks have no locks."""
+    file = open(Path(out, ".lock"), "a+")
     try:
         import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
     except (BlockingIOError, PermissionError):
@@ -618,6 +611,7 @@ class Run:
 
     def prepare(self):
         """Lock the folder and make it ready. Return its checkpoint, or None."""
+        make_folder(self.out)
         self.lock = lock_folder(self.out)
         check_folder(self.out, self.identity)
         for unfinished in self.out.glob("*.[0-9]*.tmp"):        # of a run that was killed
@@ -783,8 +777,9 @@ class TeacherCache:
                        label_fraction=cfg.label_fraction)
         epochs = min(cfg.view_epochs or cfg.epochs, cfg.epochs)
         shape = (epochs, len(data.train), method.views_per_image, method.teacher.dim)
-        with first_of_node(), lock_folder(path, wait=True), open(path / "z.float32", "ab") as file:
-            if file.tell() == 0:
+        with first_of_node():
+            make_folder(path)
+            if not (path / "z.float32").exists():
                 save_json(path / "fingerprint.json", current)
             try:
                 other = differences(json.loads((path / "fingerprint.json").read_text()), current)
@@ -793,7 +788,8 @@ class TeacherCache:
             if other:
                 raise InputError(f"--teacher-cache {path} has other embeddings ({other}); use "
                                  "another folder")
-            file.truncate(max(file.tell(), 4 * math.prod(shape)))           # a sparse file
+            with open(path / "z.float32", "ab") as file:
+                file.truncate(max(file.tell(), 4 * math.prod(shape)))       # a sparse file
         self.file = open(path / "z.float32", "r+b", buffering=0)
         self.rows = np.memmap(path / "z.float32", np.float32, "r", shape=shape)
 
@@ -840,8 +836,8 @@ def fit_to_data(cfg, data):
 
 
 def get_teacher(args, cfg, data, device):
-    """Load the teacher, or train it and keep it for the next student. Return it, the seconds of its
-    training, and the settings that it changes. With --profile, random weights are enough."""
+    """Load the teacher, or train it and keep it for the next student. Return the teacher, the
+    seconds of its training, and changes to the settings. For --profile, random weights will do."""
     seconds = None
     if args.profile and not args.teacher:
         teacher = Encoder(cfg.teacher_arch, cfg.dim, None, cfg.small_images, cfg.image_size)
@@ -928,7 +924,7 @@ def print_table(rows, data, device, workers, out):
     """Evaluate the encoder of each row, print a table, and write it to OUT/results.json.
 
     rows: dicts of name, encoder (Encoder or its file), seconds (of training, or None), by_teacher
-    (only its teacher can have used labels), and in_picture (neighbors.png shows it)."""
+    (if labels were used, then by its teacher), and in_picture (show it in neighbors.png)."""
     counts = [f"{min(len(split), TABLE_LIMIT):,}" for split in (data.train, data.test)]
     print0(f"\nevaluating on {counts[0]} training and {counts[1]} test images")
     width = max(len(row["name"]) for row in rows)
@@ -953,6 +949,15 @@ def print_table(rows, data, device, workers, out):
     save_neighbors(Path(out, "neighbors.png"), train, test, pictured, data.image_size)
     save_json(Path(out, "results.json"), results)
     print0(f"wrote {out}/: encoder.pt, log.csv, results.json, views.png, neighbors.png")
+
+
+def report_classifier(run, name):
+    """Print the test accuracy of a linear probe or of fine-tuning. Write it to results.json."""
+    found = run.evaluate()
+    print(f"accuracy of the classifier on {len(run.data.test):,} test images: {found:.1f}%")
+    if run.numbers.get("loss", 0) > math.log(len(run.data.classes)):
+        print("note: its last loss is above chance level; use a lower --lr and another --out")
+    save_json(run.out / "results.json", dict(name=name, accuracy=found))
 
 
 def students_of(args, cfg, data):
@@ -1007,11 +1012,7 @@ def main(argv=None):
     if dist.is_initialized():
         dist.destroy_process_group()
     if is_main_process() and cfg.method in ("linear", "finetune"):
-        found = run.evaluate()
-        print(f"accuracy of the classifier on {len(data.test):,} test images: {found:.1f}%")
-        if run.numbers.get("loss", 0) > math.log(len(data.classes)):
-            print("note: its last loss is above chance level; use a lower --lr and another --out")
-        save_json(run.out / "results.json", dict(name=name, accuracy=found))
+        report_classifier(run, name)
     elif is_main_process():
         if not init:                        # with statistics of its own, like the other rows
             rows[0]["encoder"] = average_batch_norm(untrained.to(device), data.train, cfg.workers)

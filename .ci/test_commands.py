@@ -212,9 +212,9 @@ def test_workers_are_shared_among_the_processes_of_a_node(monkeypatch):
     assert make_cfg().workers == 4
 
 
-def blocks_of_readme():
-    """Return the shell code in README."""
-    text = (HERE / "README.md").read_text()
+def blocks_of_readme(name="README.md"):
+    """Return the shell code in README, or in another text."""
+    text = (HERE / name).read_text()
     return "".join(block.split("```")[0] for block in text.split("```sh\n")[1:])
 
 
@@ -249,7 +249,7 @@ def test_each_printed_command_is_understood():
         assert (HERE / name).exists(), name
     tops = commands_of_tops()
     assert len(commands_in(blocks)) >= 8 and len(commands_in(tops)) >= 4
-    for program, *words in commands_in(blocks + tops):
+    for program, *words in commands_in(f"{blocks}{tops}\n{blocks_of_readme('assets/LAB.md')}"):
         args = PROGRAMS[program].parse_args(words)
         if program == "train.py":
             train.make_config(args, args.method)

@@ -202,7 +202,8 @@ def test_two_nodes_are_one_run(tmp_path):
 
 
 @pytest.mark.parametrize("launcher, number", [
-    (TRAIN, signal.SIGTERM), (TRAIN, signal.SIGHUP), (TRAIN, signal.SIGINT), (["nohup", *TRAIN], signal.SIGHUP)])
+    (TRAIN, signal.SIGTERM), (TRAIN, signal.SIGHUP), (TRAIN, signal.SIGINT),
+    (["nohup", *TRAIN], signal.SIGHUP)])
 def test_a_run_that_waits_for_others_can_be_ended(tmp_path, launcher, number):
     """If a process never comes, the others wait for hours. If they only noted signals meanwhile,
     neither `timeout` nor Slurm could end them."""
