@@ -1027,11 +1027,18 @@ def test_crop_boxes_have_torchvisions_distribution(height, width):
 
 # ----------------------------------------------------------------------------------------- the toy
 def test_the_toy_runs_and_teaches(capsys):
-    """If the toy failed, the first command that a reader tries would fail. It uses networks with
-    nothing but `dim`, and its student must learn."""
+    """If the toy failed, the first command that a reader tries would fail. If its docstring showed
+    other numbers, readers would look for their own mistake."""
+    def rows_of(text):
+        lines = [line.split() for line in text.splitlines() if line.strip().startswith("step")]
+        return [dict(zip(line[::2], map(float, line[1::2]))) for line in lines]
+
     seed.toy()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "step" in line]
-    rows = [dict(zip(line[::2], map(float, line[1::2]))) for line in lines]
+    rows = rows_of(capsys.readouterr().out)
+    printed = {row["step"]: row for row in rows}
+    for row in rows_of(seed.toy.__doc__):
+        for name, value in row.items():
+            assert value == pytest.approx(printed[row["step"]][name], abs=0.05), name
     for row in rows:
         assert row["loss"] == pytest.approx(row["kl"] + row["entropy"], abs=0.011)
         assert row["loss_of_a_copy"] >= row["entropy"]
