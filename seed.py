@@ -85,10 +85,10 @@ def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
 
     >>> z = torch.tensor([[1., 0.]])
     >>> queue = torch.tensor([[0., 1.], [-1., 0.]])                 # similarities to z: 1, 0, -1
-    >>> round(seed_loss(z, z, queue, tau_s=1., tau_t=1.).item(), 4)    # p_t = p_s: .665, .245, .090
-    0.8324
-    >>> round(seed_loss(-z, z, queue, tau_s=1., tau_t=1.).item(), 3)   # p_s: .090, .245, .665
-    1.983
+    >>> round(seed_loss(z, z, queue, tau_s=1., tau_t=1.).item(), 3)  # p_t = p_s = .665, .245, .090
+    0.832
+    >>> round(seed_loss(z, z, queue, tau_s=1., tau_t=.5).item(), 3)  # p_t is now .867, .117, .016
+    0.557
     """
     z_t = z_t.detach()
     queue = queue.detach()
