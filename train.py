@@ -521,28 +521,28 @@ def run_identity(cfg, data, **fingerprints):
     return json.loads(json.dumps(identity))
 
 
-def differences(saved, current):
-    """Return in words where a saved identity differs from the current one; "" if nowhere."""
+def differences(path, current):
+    """Return in words where the identity in a JSON file differs from the current one, or ""."""
+    try:
+        saved = dict(json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError):
+        return f"its {path.name} is damaged"
     keys = [key for key in current if key not in MAY_CHANGE and saved.get(key) != current[key]]
     return "; ".join(f"{key} was {saved.get(key)}, is {current[key]}" for key in keys)
 
 
 def check_folder(out, identity):
     """Raise InputError if the folder contains anything but this run."""
+    args = Path(out, "args.json")
     found = [name for name in ("last.pt", "encoder.pt", "log.csv") if Path(out, name).exists()]
+    other = differences(args, identity) if args.exists() else ""
     problem = ""
-    if not Path(out, "args.json").exists():
-        if found:
-            problem = f"a {found[0]} but no args.json, so it is not the folder of a run"
-    else:
-        try:
-            other = differences(json.loads(Path(out, "args.json").read_text()), identity)
-        except (AttributeError, ValueError):
-            other = "its args.json is damaged"
-        if other:
-            problem = f"a run with other settings ({other})"
-        elif "encoder.pt" in found and "last.pt" not in found:
-            problem = "no last.pt to resume from"
+    if found and not args.exists():
+        problem = f"a {found[0]} but no args.json, so it is not the folder of a run"
+    elif other:
+        problem = f"a run with other settings ({other})"
+    elif "encoder.pt" in found and "last.pt" not in found:
+        problem = "no last.pt to resume from"
     if problem:
         raise InputError(f"{out} has {problem}; use another --out (--init FILE starts from the "
                          "weights of an encoder.pt), or delete it")
@@ -781,10 +781,7 @@ class TeacherCache:
             make_folder(path)
             if not (path / "z.float32").exists():
                 save_json(path / "fingerprint.json", current)
-            try:
-                other = differences(json.loads((path / "fingerprint.json").read_text()), current)
-            except (AttributeError, OSError, ValueError):
-                other = "its fingerprint.json is damaged"
+            other = differences(path / "fingerprint.json", current)
             if other:
                 raise InputError(f"--teacher-cache {path} has other embeddings ({other}); use "
                                  "another folder")
@@ -894,26 +891,18 @@ def print_settings(cfg, data):
 
 
 def profile(cfg, data, device, teacher, init):
-    """Time some steps with torch.profiler, in a folder that is deleted. Leave the trace."""
+    """Time the parts of some steps, except backward, with torch.profiler, in a folder that is
+    deleted. Leave the trace."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")             # the profiler logs every start
     profiler = torch.profiler.profile()
     with tempfile.TemporaryDirectory() as folder, profiler:
         settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0,
                     "teacher_cache": None}
         train(argparse.Namespace(**settings), data, device, teacher, init)
-    ms = {}
-    on_cpu = [e for e in profiler.events() if e.device_type.name == "CPU"]
-    for stage in ("reading", "augmentation", "targets", "forward", "loss"):
-        times = [max(e.cpu_time_total, e.device_time_total) for e in on_cpu if e.name == stage]
-        ms[stage] = np.median(times) / 1e3
-    starts = sorted(e.time_range.start for e in on_cpu if e.name == "reading")
-    step = np.median(np.diff(starts)) / 1e3                     # nan for a single step
-    ms.update({"backward, update": step - sum(ms.values()), "whole step": step})
-    print0(f"\n{'':18s}ms per step   share  images/s")
-    for name, value in ms.items():
-        print0(f"{name:18s}{value:11.2f}{value / step:8.0%}{cfg.batch_size / value * 1e3:10.0f}")
-    if device.type == "cuda":
-        print0(f"peak memory on the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    for event in profiler.key_averages():
+        if event.key in ("reading", "augmentation", "targets", "forward", "loss"):
+            ms = max(event.cpu_time_total, event.device_time_total) / event.count / 1e3
+            print0(f"{event.key:14s}{ms:10.2f} ms per step")
     if is_main_process():
         trace = f"trace-{cfg.dataset}-{cfg.method}-{cfg.arch}.json"
         profiler.export_chrome_trace(trace)

@@ -382,16 +382,13 @@ def test_compiled_networks_are_used(quick, monkeypatch, teacher_file, method, co
 @pytest.mark.parametrize("flags", ["--teacher-arch resnet18 --teacher-cache cache",
                                    "--method supervised --compare"])
 def test_a_profile_times_each_part_and_leaves_no_run_behind(quick, capsys, monkeypatch, flags):
-    """The table would not add up, or the next run would find the profile's files in its place."""
+    """A part would be missing, or the next run would find the profile's files in its place."""
     monkeypatch.setattr(train.Run, "evaluate", None)            # no part of a step
     run(f"{flags} --profile --arch resnet18 --subset 20 --batch-size 4 --epochs 1 --eval-every 1")
     out = capsys.readouterr().out
-    stages = ["reading", "augmentation", "targets", "forward", "loss"]
-    rows = re.findall(r"^(\w[\w ,]+?) +(-?[\d.]+) +-?\d+% +-?\d+$", out, re.M)
-    ms = {name: float(text) for name, text in rows}
-    assert list(ms) == [*stages, "backward, update", "whole step"]
-    assert sum(ms.values()) == pytest.approx(2 * ms["whole step"], abs=0.05)
-    assert min(ms["augmentation"], ms["forward"], ms["backward, update"]) > 0
+    ms = dict(re.findall(r"^(\w+) +([\d.]+) ms per step$", out, re.M))
+    assert set(ms) == {"reading", "augmentation", "targets", "forward", "loss"}
+    assert float(ms["forward"]) > float(ms["loss"]) > 0
     [trace] = os.listdir()
     assert f"wrote {trace}" in out
 
