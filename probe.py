@@ -54,7 +54,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp"
               ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".mpo", ".apng")
 NO_CLASSES = {"__macosx", "lost+found", "@eadir", "#recycle", "@recycle", "$recycle.bin",
               "#snapshot", "~snapshot", "@recently-snapshot", "network trash folder",
-              "temporary items", "system volume information"}  # what operating systems leave
+              "temporary items", "system volume information", "found.000", "recycler",
+              "thevolumesettingsfolder", "@sharebin"}   # what operating systems leave
 VAL_NAMES = ("val", "valid", "validation", "test")
 SPLIT_NAMES = {"train", "training", "testing", *VAL_NAMES}
 WHITE = (1, 255, 4095, 65535)   # possible values of white in images with more than 8 bits
@@ -589,6 +590,7 @@ def wide_resnet(arch, factor):
 def load_from_hub(name, pixels):
     """Return the Encoder hub:REPO:ENTRY. Its embedding is its normalized output."""
     repo, _, entry = name.removeprefix("hub:").rpartition(":")
+    repo = expanduser(repo)
     source = "local" if os.path.isdir(repo) else "github"
     try:
         backbone, again = [torch.hub.load(repo, entry, source=source, trust_repo="check")
@@ -813,7 +815,7 @@ def read_checkpoint(path_or_url):
         reason = why_unreadable(path, e)
         if path != str(path_or_url):
             os.remove(path)                 # otherwise the next run would load the damaged download
-        raise InputError(f"cannot read {path.split('?')[0]}: {reason}") from None
+        raise InputError(f"cannot read {without_secrets(path)}: {reason}") from None
     if not isinstance(file, dict):
         raise InputError(f"{path} is not a checkpoint: expected a dict of weights")
     return file
@@ -846,6 +848,14 @@ def download(url):
         os.makedirs(folder, exist_ok=True)
         torch.hub.download_url_to_file(url, path)
     return path
+
+
+def without_secrets(path):
+    """Return a URL without its signature and password, or any other path as it is."""
+    if not str(path).startswith(("http://", "https://")):
+        return path
+    parts = urlsplit(path)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def why_unreadable(path, error):
@@ -1251,7 +1261,8 @@ def default_workers():
     cpus = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):                        # on Linux, there may be fewer
         cpus = len(os.sched_getaffinity(0))
-    return max(1, min(8, cpus // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(8, cpus // max(1, int(processes) if processes.isdecimal() else 1)))
 
 
 def pick_device(name):
@@ -1362,7 +1373,7 @@ def main(argv=None):
     else:
         print0("no labels, so no accuracy")
     save_neighbors(out / "neighbors.png", train, test, [features], data.image_size)
-    args.encoder = args.encoder.split("?")[0]                   # a signed URL contains a secret
+    args.encoder = without_secrets(args.encoder)
     summary = dict(encoder=args.encoder, provenance=encoder.provenance,
                    used_labels=encoder.used_labels, data=str(data), flags=vars(args), **scores)
     save_json(out / "probe.json", summary)

@@ -38,7 +38,8 @@ from probe import (SMALL, STOP_SIGNALS, Parser, accuracy, add_data_flags, any_la
                    average_batch_norm, check_out, describe, evaluate, extract_features, first_line,
                    is_main_process, label_fraction, label_use, load_data, load_teacher, make_folder,
                    number, pick_device, print0, read_checkpoint, read_images,
-                   run_command, save_encoder, save_file, save_json, save_neighbors, save_views)
+                   run_command, save_encoder, save_file, save_json, save_neighbors, save_views,
+                   without_secrets)
 from seed import (SEED, Encoder, InputError, MoCo, SmallCropSEED, Supervised, augment,
                   rank_and_world_size, uniforms)
 
@@ -186,8 +187,8 @@ def make_config(args, method, **changes):
         cfg.backbone_factor = 1.0
     if method != "seed":
         vars(cfg).update(teacher_cache=None, small_crops=0)
-    for name in ("teacher", "init"):                            # a signed URL contains a secret
-        setattr(cfg, name, (getattr(cfg, name) or "").split("?")[0] or None)
+    cfg.teacher = without_secrets(cfg.teacher)
+    cfg.init = without_secrets(cfg.init)
     cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 2)
     cfg.out = cfg.out or f"runs/{cfg.dataset}-{cfg.method}-{cfg.arch}"
     return cfg
@@ -202,10 +203,14 @@ def init_distributed(device_name):
     if found and missing:
         raise InputError(f"of torchrun's variables, {' and '.join(found)} is set but {missing[0]} "
                          "is not; unset it, or start several processes with torchrun")
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    defaults = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT="0")
+    values = {name: os.environ.get(name) or default for name, default in defaults.items()}
+    if not "".join(values.values()).isdecimal() or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+        raise InputError(f"torchrun's variables cannot be {values}; unset them")
+    world_size = int(values["WORLD_SIZE"])
     device = pick_device(device_name)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+        device = torch.device("cuda", int(values["LOCAL_RANK"]))
         gpus = torch.cuda.device_count()
         if device.index >= gpus:
             raise InputError(f"there are only {gpus} GPUs; lower --nproc_per_node")

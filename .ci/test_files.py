@@ -440,6 +440,9 @@ def test_a_signature_is_written_nowhere(url, monkeypatch, few_shapes):
     """Whoever receives a run's folder would have the key to the storage of its teacher."""
     torch.save(dict(backbone_of(ARCH).state_dict(), arch=ARCH), "teacher.pth")
     url = f"{url}?signature={60 * 'secret'}"                            # too long for a file's name
+    for name in (url, "http://me:secret@host/a.pth#secret"):
+        assert "secret" not in probe.without_secrets(name)
+    assert probe.without_secrets("a?b.pth") == "a?b.pth"
     scores = dict(knn=1.0, linear=1.0, rate=1.0)
     monkeypatch.setattr(probe, "evaluate", lambda *args: (scores, (0, 0, 0)))
     monkeypatch.setattr(probe, "save_neighbors", lambda *args: None)

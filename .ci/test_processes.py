@@ -225,12 +225,13 @@ def test_a_run_that_waits_for_others_can_be_ended(tmp_path, launcher, number):
     (["RANK"], "cpu", "RANK"), (["WORLD_SIZE"], "cpu", "WORLD_SIZE"),
     (["RANK", "WORLD_SIZE"], "cpu", "RANK and WORLD_SIZE"), ([*ALL][:3], "cpu", "MASTER_ADDR"),
     ([*ALL][:4], "cpu", "MASTER_PORT"), (ALL, "mps", "several processes need NVIDIA GPUs"),
-    (ALL, "cuda", "there are only 0 GPUs")])
+    (ALL, "cuda", "there are only 0 GPUs"), ([*ALL, "RANK=2"], "cpu", "'RANK': '2'"),
+    ([*ALL, "WORLD_SIZE=two"], "cpu", "'two'"), ([*ALL, "MASTER_PORT=-1"], "cpu", "cannot be")])
 def test_processes_that_cannot_be_are_refused(monkeypatch, names, device, words):
     """With a RANK that a platform or an old shell left, a run would print and save nothing. With a
     WORLD_SIZE, it would wait for hours for processes that do not exist."""
-    for name in names:
-        monkeypatch.setenv(name, ALL[name])
+    for name, _, value in [name.partition("=") for name in names]:
+        monkeypatch.setenv(name, value or ALL[name])
     monkeypatch.setattr(train, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert words in refusal(train.init_distributed, device)
