@@ -1,9 +1,9 @@
-# The CIFAR-10 tables of README and RESULTS.md, from an installed checkout:
-#     sh assets/evidence.sh DIR            all of them; `sh assets/evidence.sh DIR images`: only write the images
-# DIR is to hold CIFAR-10 as image files, train/CLASS and val/CLASS; it is made if it is not there (the tables were made
-# from JPEG files, so expect small differences).  Two CPU cores need some six hours (an estimate; it was not run in one go:
-# the first part ran as two processes with one thread each, side by side).
-# With a GPU: drop `--precision fp32`, and give the teacher 200 epochs and the students 100, with --small-images.
+# The CIFAR-10 tables of README and RESULTS.md, from an installed checkout.
+#     sh assets/evidence.sh DIR            all of them: an estimated six hours on two CPU cores
+#     sh assets/evidence.sh DIR images     only write the images
+# DIR receives CIFAR-10 as image files, train/CLASS and val/CLASS. The tables were made from JPEG files, so expect small
+# differences. The script was not run in one go: the first part ran as two processes with one thread each.
+# With a GPU, omit `--precision fp32`, give the teacher 200 epochs and the students 100, and add --small-images.
 set -e
 [ -d "$1" ] || { rm -rf "$1.part"; python - "$1.part" <<'END'
 import pathlib, sys
@@ -19,38 +19,28 @@ mv "$1.part" "$1"; }
 [ "$2" = images ] && exit
 run="python train.py --dataset folder --data $1 --image-size 32 --precision fp32"
 
-# README's table: a teacher without labels; then students by SEED, by MoCo-v2 and with labels; MoCo-v2 with the epochs of
-# teacher and student together
+# README's table: a teacher without labels; students by SEED, by MoCo-v2 and with labels; MoCo-v2 with the epochs of
+# teacher and student together.
 student="$run --arch mobilenet_v3_large --epochs 8 --eval-every 2"
 teacher="--teacher runs/evidence/teacher/encoder.pt"
 $run --method moco --arch resnet18 --tau-s 0.1 --epochs 24 --eval-every 6 --out runs/evidence/teacher
 $student $teacher --compare --teacher-cache runs/evidence/cache --out runs/evidence/seed
 $run --method moco --arch mobilenet_v3_large --epochs 32 --eval-every 8 --out runs/evidence/moco-32
 
-# two ablations: a queue of 16; a teacher of random weights
+# Two ablations: a queue of 16, and a teacher with random weights.
 $student $teacher --teacher-cache runs/evidence/cache --queue-size 16 --out runs/evidence/queue-16
-PYTHONPATH=. python - "$1" <<'END'
-import os, sys, torch
-from probe import average_batch_norm, load_data
-from seed import Encoder, save_encoder
-torch.manual_seed(0)
-data = load_data("folder", sys.argv[1], 32)
-encoder = average_batch_norm(Encoder("resnet18", image_size=32), data.train)
-os.makedirs("runs/evidence/random", exist_ok=True)
-save_encoder("runs/evidence/random/encoder.pt", encoder, "random weights", used_labels=False)
-END
+$run --method moco --arch resnet18 --max-steps 1 --lr 1e-9 --out runs/evidence/random
 $student --teacher runs/evidence/random/encoder.pt --out runs/evidence/random-teacher
 
-# RESULTS.md's tables of 10,000 images (the rows of the untrained networks: probe.py random:ARCH)
+# RESULTS.md's tables of 10,000 images. (The rows of untrained networks: probe.py random:ARCH.)
 run="$run --subset 10000"
 teacher="--teacher runs/evidence/teacher-10000/encoder.pt"
 $run --method moco --arch resnet18 --epochs 60 --eval-every 10 --out runs/evidence/teacher-10000
 $run $teacher --arch mobilenet_v3_large --epochs 20 --compare --eval-every 4 --out runs/evidence/mobilenet_v3_large
 $run $teacher --arch efficientnet_b0 --epochs 10 --compare --eval-every 5 --out runs/evidence/efficientnet_b0
 
-# ablations: one thing changed at a time.  --seed also chooses the 10,000 images, so for 1 and 2 they are not those of
-# the teacher.  Of these, K and the head were run with seed 0 alone, seed 2 not at all; the temperatures once more with
-# --lr 0.4 and all three seeds; all without the closing table.
+# Ablations: one change at a time. --seed also chooses the 10,000 images, so those of seeds 1 and 2 are not the teacher's.
+# Not all of these were run: K and the head only with seed 0, and seed 2 only with --lr 0.4, for the temperatures.
 for seed in 0 1 2; do
     short="$run $teacher --epochs 4 --eval-every 4 --seed $seed --teacher-cache runs/evidence/cache-$seed"
     $short --out runs/evidence/ablation-$seed/base

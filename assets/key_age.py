@@ -2,10 +2,10 @@
 
     python assets/key_age.py RUN            # the folder of a run with --method moco
 
-The keys in the queue are up to K/B steps old, and the key encoder has moved since. A query can find
-its own key among them by its age alone. So the run's numbers are computed once more with the same
-queue of images, their keys made anew by today's key encoder: what is left of the agreement then is
-recognition.
+The keys in the queue are up to K/B steps old, and the key encoder has moved since then. A query can
+find its own key among them only by its age. This program computes the numbers of the run once more
+with the same images in the queue, whose keys today's key encoder computes again. The agreement that
+remains is recognition.
 """
 import argparse
 import copy
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @torch.no_grad()
 def measure(method, cfg, data, step, renew):
-    """Loss and top-1 agreement over the next eight batches, in percent."""
+    """Return the loss and the top-1 agreement (percent) over the next eight batches."""
     views = train.view_plan(cfg)
     if renew:
         before = range(step - cfg.queue_size // cfg.batch_size, step)
@@ -48,10 +48,10 @@ _, method = train.build(cfg, data, CPU)
 saved = torch.load(run / "last.pt", weights_only=True)
 method.load_state_dict(saved["method"])
 for mode in ("training", "evaluation"):
-    for keys in ("the queue's keys", "keys made anew"):
+    for keys in ("the queue's keys", "keys computed again"):
         copied = copy.deepcopy(method)
         if mode == "evaluation":
             copied.encoder = average_batch_norm(method.encoder, data.train)
             copied.key_encoder = average_batch_norm(method.key_encoder, data.train)
-        loss, agreement = measure(copied, cfg, data, saved["step"], keys == "keys made anew")
+        loss, agreement = measure(copied, cfg, data, saved["step"], keys == "keys computed again")
         print(f"{mode:10s}  {keys}:  loss {loss:.2f}  top-1 agreement {agreement:.1f}%", flush=True)
