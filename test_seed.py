@@ -793,6 +793,8 @@ def test_your_own_network_becomes_an_encoder():
     message = refusal(Encoder, "mine", image_size=16, backbone=network[:2])
     assert "mine does not turn images of 16 px into vectors" in message
     assert "did you mean mobilenet_v3_large" in refusal(Encoder, "mobilenetv3_large")
+    with torch.device("meta"):                                  # it has two more classifiers
+        assert "googlenet does not turn images" in refusal(Encoder, "googlenet")
 
 
 def side_before_the_end(encoder):
