@@ -783,6 +783,7 @@ def test_features_are_torchvisions_on_normalized_images(options, mean, std):
     assert ours.features((images / 255).double()).dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
 def test_your_own_network_becomes_an_encoder():
     """If only torchvision's networks were accepted, nobody could study another one."""
     network = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
