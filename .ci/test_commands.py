@@ -90,8 +90,8 @@ BAD_INPUT = [
 
 @pytest.mark.parametrize("line, words", BAD_INPUT)
 def test_bad_input_is_an_error_before_any_work(inputs, line, words):
-    """The mistake would show after hours of training, or leave a folder that the next run refuses,
-    or an accuracy that means nothing."""
+    """If bad input were found late, hours of training would be lost, or the next run would be
+    refused."""
     program, *flags = line.split()
     flags[:0] = ["--device=cpu", "--max-steps=1"] if program == "train.py" else ["--device=cpu"]
     before = set(inputs.rglob("*"))
@@ -102,7 +102,8 @@ def test_bad_input_is_an_error_before_any_work(inputs, line, words):
 @pytest.mark.parametrize("program", [train, probe])
 @pytest.mark.parametrize("text", ["nan", "inf", "1e999", "x", "", "-1"])
 def test_what_is_no_number_or_out_of_range_is_refused(program, text):
-    """With `nan`, a run would diverge at once, and the message would advise another --lr."""
+    """If `nan` were accepted, a run would diverge at once, and the message would advise another
+    --lr."""
     for flag, action in flags_of(program).items():
         if is_number(action) and not (action.nargs and text == "-1"):
             values = [f"{flag}={text}"] if not action.nargs else [flag, text, text, text]
@@ -111,7 +112,7 @@ def test_what_is_no_number_or_out_of_range_is_refused(program, text):
 
 
 def test_numbers_that_may_be_zero_may_be_zero():
-    """Nobody could train without weight decay, or without an evaluation on the way."""
+    """If 0 were refused, nobody could train without weight decay, or without evaluations."""
     names = "weight-decay warmup-epochs hidden-dim workers eval-every seed save-minutes".split()
     cfg = vars(make_cfg(*[f"--{name}=0" for name in names]))
     assert [cfg[name.replace("-", "_")] for name in names] == [0] * len(names)
@@ -119,7 +120,7 @@ def test_numbers_that_may_be_zero_may_be_zero():
 
 @pytest.mark.parametrize("program", [train, probe])
 def test_help_names_each_flag(capsys, program):
-    """A bare % in a help text would make `--help` an error."""
+    """If a help text had a bare %, `--help` would be an error."""
     with pytest.raises(SystemExit) as ended:
         program.parse_args(["--help"])
     printed = capsys.readouterr().out
@@ -155,7 +156,8 @@ def draw_flags(rng, numbers):
 
 
 def test_any_list_of_arguments_runs_or_is_one_line(inputs, monkeypatch, capsys):
-    """A traceback tells nothing to a user who made a typing error, and it may come after hours."""
+    """If some list of arguments gave a traceback, it would tell a user nothing, perhaps after
+    hours."""
     monkeypatch.setattr(train, "print_table", lambda *args: None)
     rng = np.random.default_rng(0)
     numbers = [f"{flag[2:]} {NUMBERS}" for flag, action in flags_of(train).items()
@@ -200,7 +202,8 @@ def test_another_setting_is_another_run_unless_it_may_change(few_shapes):
 
 
 def test_workers_are_shared_among_the_processes_of_a_node(monkeypatch):
-    """Eight processes would start eight times as many workers as there are cores."""
+    """If processes did not share the cores, eight of them would start eight times too many
+    workers."""
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
     assert make_cfg().workers == 8
@@ -242,7 +245,7 @@ def commands_in(text):
 
 
 def test_each_printed_command_is_understood():
-    """A user would copy a command of README, or of the top of a file, that does not run."""
+    """If a printed command had a wrong flag, users would copy it."""
     blocks = blocks_of_readme()
     subprocess.run(["bash", "-n"], input=blocks, text=True, check=True)
     for name in re.findall(r"\S+\.(?:py|sh|txt)\b", blocks):
@@ -256,8 +259,8 @@ def test_each_printed_command_is_understood():
 
 
 def test_readmes_commands_run(inputs, monkeypatch, capsys):
-    """The first thing that a user tries would fail, or not leave what README describes. Commands at
-    the top of a file run, too."""
+    """If a command of README, or at the top of a file, failed, the first thing that a user tries
+    would fail."""
     for folder in ("DIR/train", "DIR/val", "home/images"):
         write_images(folder, {f"{'ab'[i % 2]}/{i:02d}.png": 6 * i for i in range(24)})
     monkeypatch.setenv("HOME", str(inputs / "home"))
@@ -285,7 +288,7 @@ def test_readmes_commands_run(inputs, monkeypatch, capsys):
 
 
 def test_seed_py_needs_nothing_but_itself(tmp_path):
-    """Whoever copies this one file must be able to use it."""
+    """If seed.py needed another file, nobody could copy it alone."""
     shutil.copy(HERE / "seed.py", tmp_path)
     done = subprocess.run([sys.executable, "seed.py"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "step 300" in done.stdout
@@ -301,7 +304,7 @@ def test_seed_py_needs_nothing_but_itself(tmp_path):
 
 
 def test_the_code_stays_plain():
-    """Readers would not find the method among long lines and long functions."""
+    """If lines or functions grew long, readers would not find the method among them."""
     for name in ("seed.py", "probe.py", "train.py"):
         source = (HERE / name).read_text()
         for number, line in enumerate(source.splitlines(), 1):
@@ -316,8 +319,8 @@ def test_the_code_stays_plain():
     (f"random:{ARCH} --subset 200 --out here", "here", f"{ARCH}, random weights, without labels"),
     ("run/encoder.pt --dataset folder --data flat --out no", "no", "no labels, so no accuracy")])
 def test_probe_evaluates_a_file_and_an_untrained_network(inputs, capsys, words, folder, printed):
-    """Without the row of an untrained network, nobody could tell what an accuracy means. Images
-    without labels would be an error."""
+    """If there were no row of an untrained network, nobody could tell what an accuracy means.
+    Images without labels must not be an error."""
     os.mkdir("run")
     shutil.move("teacher.pt", "run/encoder.pt")
     probe.main([*words.split(), "--device", "cpu", "--workers", "0"])
@@ -332,7 +335,7 @@ def test_probe_evaluates_a_file_and_an_untrained_network(inputs, capsys, words, 
 
 
 def test_probe_uses_the_image_size_of_the_training_unless_it_is_given(inputs):
-    """A network for 32 px would be judged at 224 px."""
+    """If probe.py used 224 px, a network for 32 px would be judged at another size."""
     def size(words):
         return probe.load_encoder(probe.parse_args(words.split())).image_size
 

@@ -29,7 +29,7 @@ from test_seed import ARCH, make_cfg, refusal, run, same, spy, with_statistics
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization")
 def test_every_classification_network_becomes_an_encoder_or_is_one_line():
-    """Features of another layer would be distilled without a word."""
+    """If the wrong layer were replaced, features of another layer would be distilled silently."""
     refused = []
     for arch in torchvision.models.list_models(module=torchvision.models):
         if "regnet" in arch and "mf" not in arch:                       # needs too much memory
@@ -55,7 +55,8 @@ def test_every_classification_network_becomes_an_encoder_or_is_one_line():
     (dict(arch="convnext_tiny", small_images=True), "use --no-small-images"),
     (dict(arch="mine", backbone=nn.Conv2d(3, 7, 3)), "mine does not turn images of 224 px into")])
 def test_a_network_that_does_not_fit_is_one_line(options, words):
-    """Instead of this line there would be a traceback, an hour later if it is the student's."""
+    """If networks were not tried first, a traceback would appear in the first step, an hour later
+    for a student."""
     with torch.device("meta"):
         assert words in refusal(Encoder, **options)
 
@@ -178,7 +179,8 @@ def layout_file(name, network, head):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_published_layout_becomes_the_network_that_its_authors_evaluate(tmp_path, name):
-    """Another copy of the network, or another head, would teach something else without a word."""
+    """If another copy of the network or another head were loaded, it would be distilled
+    silently."""
     place, _, layers, words = LAYOUTS[name]
     head = head_of(layers) if layers else nn.Identity()
     prefix = place.replace("/", ".").replace("_orig_mod.", "")
@@ -221,7 +223,8 @@ class SwavResNet18(torchvision.models.ResNet):
     (None, "resnet18w2"), ("resnet18w2", "resnet18w2"), ("resnet18x2", "resnet18w2"),   # VICReg's
     (None, "resnet34")])
 def test_depth_width_and_stem_are_read_off_the_weights(tmp_path, name, arch):
-    """The teacher of the paper's best rows, a SwAV ResNet-50x2, is not a torchvision network."""
+    """If only torchvision's networks were known, the teacher of the paper's best rows, a SwAV
+    ResNet-50x2, could not be loaded."""
     network = SwavResNet18()
     if arch == "resnet34":                                              # trained on CIFAR
         network = Encoder(arch, None, small_images=True).backbone
@@ -274,7 +277,7 @@ MOCO = "arch:/ net:state_dict/module.encoder_q. head:state_dict/module.encoder_q
     ("fcn:", "resnet50"),                               # segments: a ResNet with other strides
     ("net: some:layer1.0.scale", "such as layer1.0.scale")])
 def test_a_file_that_is_incomplete_or_leaves_a_choice_is_refused(tmp_path, parts, words):
-    """Each of these would be distilled without a word, or end in a traceback."""
+    """If any of these files were accepted, a wrong network would be distilled silently."""
     file = {}
     add_parts(file, parts)
     flags = dict(word.split("=") for word in parts.split() if "=" in word)
@@ -296,7 +299,7 @@ def content_of(value):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_what_is_no_checkpoint_is_one_line(tmp_path, teacher_file):
-    """A traceback would not say which file it is about, or what to do."""
+    """If these errors were tracebacks, they would not name the file or the remedy."""
     ours = torch.load(teacher_file, weights_only=True)
     path = tmp_path / "file.pth"
     flipped = bytearray(content_of({"conv1.weight": torch.randn(1000)}))
@@ -337,7 +340,8 @@ Gone = type("Gone", (), {"__module__": "gone"})
     torch.optim.SGD([torch.ones(1)], 0.1), {1, 2}, torch.float16, {Color.RED: 1},
     collections.deque([1]), functools.partial(torch.optim.Adam, lr=0.1)], ids=str)
 def test_objects_beside_the_weights_do_no_harm(tmp_path, monkeypatch, thing):
-    """Lightning, timm and DINO save settings beside weights, from packages that may be missing."""
+    """If objects beside the weights were errors, files of Lightning, timm and DINO could not be
+    read without their packages."""
     monkeypatch.setitem(sys.modules, "gone", argparse.Namespace(Gone=Gone))
     weights = {"conv1.weight": torch.randn(3)}
     torch.save(dict(state_dict=weights, settings={"a": [thing, (thing,)]}), tmp_path / "f")
@@ -358,7 +362,7 @@ class Runs:
 @pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("function", [os.system, os.mkdir, eval, exec])
 def test_a_file_cannot_run_code(tmp_path, monkeypatch, function, is_zip):
-    """Checkpoints are passed on by strangers."""
+    """If a checkpoint could run code, a stranger's file could do anything."""
     monkeypatch.chdir(tmp_path)
     code = "touch exploded" if function is os.system else "open('exploded', 'w')"
     torch.save(dict(PARTS["net"], extra=Runs(function, code)), "file.pth",
@@ -372,7 +376,7 @@ def test_a_file_cannot_run_code(tmp_path, monkeypatch, function, is_zip):
 
 
 def test_no_damaged_file_becomes_another_network(tmp_path, monkeypatch):
-    """An edited or incomplete file would teach nonsense without a word, or end in a traceback."""
+    """If damage were not noticed, an edited or incomplete file would teach nonsense silently."""
     network = backbone_of(ARCH)
     monkeypatch.setitem(PARTS, "net", hollow(network))
     rng = np.random.default_rng(0)
@@ -412,7 +416,8 @@ def url(tmp_path, monkeypatch):
 
 
 def test_each_url_is_its_own_file_and_is_downloaded_once(url, monkeypatch):
-    """If URLs that end alike were one file, another teacher would be distilled without a word."""
+    """If URLs that end alike were stored as one file, another teacher would be distilled
+    silently."""
     urls = [url, url.replace("127.0.0.1", "localhost"), f"{url}?id=1", f"{url}?id=2"]
     asked = spy(monkeypatch, torch.hub, "download_url_to_file")
     for _ in range(2):
@@ -423,7 +428,7 @@ def test_each_url_is_its_own_file_and_is_downloaded_once(url, monkeypatch):
 
 
 def test_a_download_that_cannot_be_read_is_removed(url):
-    """A page that says "no quota" would be found again in each start."""
+    """If a page that says "no quota" were kept, each later start would find it again."""
     message = refusal(load_teacher, f"{url}?signature=secret")
     assert "HTTP Error 404" in message and "secret" not in message
     for content, words in ((b"<html>no quota left</html>", "it is a web page; download the file"),
@@ -437,7 +442,8 @@ def test_a_download_that_cannot_be_read_is_removed(url):
 
 
 def test_a_signature_is_written_nowhere(url, monkeypatch, few_shapes):
-    """Whoever receives a run's folder would have the key to the storage of its teacher."""
+    """If a signed URL were recorded, whoever receives a run's folder could open the storage of its
+    teacher."""
     torch.save(dict(backbone_of(ARCH).state_dict(), arch=ARCH), "teacher.pth")
     url = f"{url}?signature={60 * 'secret'}"                            # too long for a file's name
     for name in (url, "http://me:secret@host/a.pth#secret"):
@@ -475,7 +481,7 @@ def leaves(): sys.exit("no weights\\nhere")
 
 
 def test_a_network_of_torch_hub_teaches_by_its_output(tmp_path, monkeypatch):
-    """DINOv2 and many others are there, and in no file that one could load otherwise."""
+    """If hub: did not work, DINOv2 and many other networks could not be teachers."""
     (tmp_path / "hubconf.py").write_text(HUBCONF)
     teacher = load_teacher(f"hub:{tmp_path}:transformer", mean=(0, 0, 0), std=(0.5, 0.5, 0.5))
     x = torch.rand(4, 3, 40, 40)
@@ -494,7 +500,8 @@ def test_a_network_of_torch_hub_teaches_by_its_output(tmp_path, monkeypatch):
     ("leaves", "leaves: no weights"), ("", "cannot load hub:"),
     ("untrained", "untrained: some of its layers have random weights")])
 def test_an_entry_of_torch_hub_that_is_no_teacher_is_one_line(tmp_path, entry, words):
-    """It is other people's code: it may do anything, and random layers would be distilled."""
+    """If an entry were trusted, random layers would be distilled. It is other people's code and may
+    do anything."""
     (tmp_path / "hubconf.py").write_text(HUBCONF)
     assert words in refusal(load_teacher, f"hub:{tmp_path}:{entry}")
 
@@ -514,7 +521,8 @@ def test_the_backbone_in_an_encoder_file_has_torchvisions_names(tmp_path):
 
 
 def test_a_network_that_knows_its_version_resumes_and_comes_back(quick, monkeypatch):
-    """MNASNet refuses weights without it: a run would end before its table, and not resume."""
+    """If the state dict's version were lost, MNASNet would refuse its own weights: a run would end
+    before its table."""
     monkeypatch.setattr(Encoder, "check_image_size", lambda self, size: 1280)
     for steps in (1, 2):
         run(f"--method supervised --arch mnasnet0_5 --max-steps {steps}")
@@ -523,7 +531,7 @@ def test_a_network_that_knows_its_version_resumes_and_comes_back(quick, monkeypa
 
 @pytest.mark.parametrize("flags", ["--teacher {}", "--method moco", "--method supervised"])
 def test_the_last_checkpoint_of_a_run_is_a_teacher_too(quick, teacher_file, flags):
-    """Whoever kept last.pt alone would have to train again."""
+    """If last.pt were no teacher, a user who kept only this file would have to train again."""
     run(flags.format(teacher_file))
     kept = load_teacher("run/encoder.pt")
     last = load_teacher("run/last.pt")
@@ -536,7 +544,8 @@ def test_the_last_checkpoint_of_a_run_is_a_teacher_too(quick, teacher_file, flag
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(),
                                    RuntimeError("stream writer failed")])
 def test_a_file_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch, error):
-    """Half a file would cost the whole run; beside the earlier one it would keep the disk full."""
+    """If a file were written in place, a full disk would leave half of it, and the run would be
+    lost."""
     def save(content, file):
         file.write(b"half")
         raise error
@@ -553,7 +562,8 @@ def test_a_file_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypa
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """After a loss of power the last checkpoint could be empty, in place of the earlier one."""
+    """If a file were renamed before its content is on the disk, a power cut could leave it
+    empty."""
     def fsync(number):
         [name] = os.listdir(tmp_path)
         assert os.stat(tmp_path / name).st_size == os.fstat(number).st_size > 0

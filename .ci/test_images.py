@@ -59,7 +59,8 @@ def red_files(folder, count):
 @pytest.mark.parametrize("values", ["u1 255", "u2 4095", "u2 65535", "i4 255", "f4 1", "f4 255",
                                     "f4 1.003", "f4 1 nan", "f4 255 inf", "i4 1000000"])
 def test_grays_of_every_depth_are_scaled(tmp_path, values):
-    """Depth and other measurements, which may be infinite or overshoot, would be black or white."""
+    """If depth were ignored, 16-bit and float images would be black or white. Values may be
+    infinite or overshoot."""
     dtype, white, *odd = values.split()
     pixels = (float(white) * RAMP).astype(dtype)
     pixels[0, :len(odd)] = odd
@@ -70,7 +71,8 @@ def test_grays_of_every_depth_are_scaled(tmp_path, values):
 
 @pytest.mark.parametrize("extension", MODES)
 def test_all_modes_become_rgb(tmp_path, extension):
-    """Inverted images would be trained on, and no one would look at them."""
+    """If a mode were converted wrongly, inverted images would be trained on, and nobody would look
+    at them."""
     for mode in MODES[extension].split():
         image = COLORS.convert(mode)
         image.save(tmp_path / f"a.{extension}")
@@ -79,7 +81,8 @@ def test_all_modes_become_rgb(tmp_path, extension):
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "tif", "webp", "avif", "mpo"])
 def test_an_image_is_read_as_it_is_displayed(tmp_path, extension):
-    """Photos of phones would lie on their side. An orientation of 0 or 9 would squeeze them."""
+    """If EXIF orientation were ignored, photos of phones would lie on their side. Values such as 0
+    and 9 mean nothing."""
     path = tmp_path / f"a.{extension}"
     for turn in range(10):
         exif = Image.Exif()
@@ -92,7 +95,8 @@ def test_an_image_is_read_as_it_is_displayed(tmp_path, extension):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_metadata_and_size_make_no_image_unreadable(tmp_path):
-    """The user would be told to remove good images, also the 200 megapixels that phones take."""
+    """If odd metadata were an error, users would be told to remove good images, such as phones' of
+    200 megapixels."""
     rng = np.random.default_rng(0)
     for i in range(60):
         path = tmp_path / ("a.jpg", "a.png", "a.webp")[i % 3]
@@ -107,7 +111,8 @@ def test_metadata_and_size_make_no_image_unreadable(tmp_path):
 
 @pytest.mark.parametrize("mode, turn", [("RGB", 1), ("RGB", 6), ("L", 1), ("CMYK", 3)])
 def test_a_large_jpeg_is_decoded_small_and_stays_sharp(tmp_path, monkeypatch, mode, turn):
-    """A GPU would wait for images, or crops would be blurred, or show other parts."""
+    """If JPEGs were decoded in full, a GPU would wait for images. If too small, crops would be
+    blurred."""
     y, x = np.mgrid[:704, :896]
     pixels = np.where((x + y) // 16 % 2, 210, 40).astype(np.uint8)      # fine stripes
     pixels[:352, :448] = (x + y)[:352, :448] // 5                       # a smooth ramp
@@ -126,7 +131,8 @@ def test_a_large_jpeg_is_decoded_small_and_stays_sharp(tmp_path, monkeypatch, mo
 
 
 def test_what_pillow_can_open_is_read_and_the_rest_is_counted(tmp_path):
-    """Half of a data set could be missing without a word. A named pipe would block forever."""
+    """If files were left out silently, half of a data set could be missing. A named pipe would
+    block forever."""
     names = ["a.jfif", "b.JPE", "c", "d.avif", "e.png", "f.webp"]
     for name in (*names, ".hidden.jpg", "._a.jpg"):
         COLORS.save(tmp_path / name, format="JPEG" if name < "d" else None)
@@ -144,7 +150,7 @@ def test_what_pillow_can_open_is_read_and_the_rest_is_counted(tmp_path):
 @pytest.mark.parametrize("link, target", [
     ("a/up", ".."), ("again", "a"), ("Z", "a"), ("a/link", "../b"), ("b/copy.png", "../a/0.png")])
 def test_each_image_is_read_once_whatever_symlinks_lead_to_it(tmp_path, link, target):
-    """Test images would also be training images, or one class would get another's images."""
+    """If a symlink were a second image, test images would also be training images."""
     write_images(tmp_path, {"c/x.png": 8, "y.png": 7, **{f"data/{name}": 9 for name in AB}})
     for name, other in ((link, target), ("c", "../c"), ("b/y.png", "../../y.png")):
         os.symlink(other, tmp_path / "data" / name)
@@ -157,7 +163,8 @@ def test_each_image_is_read_once_whatever_symlinks_lead_to_it(tmp_path, link, ta
     "__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
     "$Recycle.Bin", "@Recycle", "#snapshot", "~snapshot", "Network Trash Folder"])
 def test_folders_of_operating_systems_are_no_classes(tmp_path, name):
-    """A zip file of macOS or a network drive would add a class of thumbnails or deleted images."""
+    """If every folder were a class, those of macOS and network drives would add classes of
+    thumbnails or deleted images."""
     write_images(tmp_path, {**AB, f"{name}/0.png": 1, f"a/{name}/1.png": 2, ".Trashes/2.png": 3})
     data = load_data("folder", tmp_path, 32)
     assert (data.classes, len(data.train) + len(data.test)) == (["a", "b"], 12)
@@ -174,7 +181,8 @@ def test_folders_of_operating_systems_are_no_classes(tmp_path, name):
     ("imagenet", ["1.png", "2.png"], "train/ and val/"),
     ("imagenet", ["train/1.png", "train/2.png", "val/x/1.png"], "one folder per class")])
 def test_a_folder_that_does_not_fit_is_one_line(tmp_path, name, images, words):
-    """A network would learn to tell training from test images, or fail after days."""
+    """If these folders were accepted, a network would learn to tell training from test images, or
+    fail after days."""
     write_images(tmp_path / "data", dict.fromkeys(images, 7))
     line = refusal(load_data, name, tmp_path / "data", 32)
     assert words in line and f"{tmp_path}/data" in line
@@ -182,7 +190,8 @@ def test_a_folder_that_does_not_fit_is_one_line(tmp_path, name, images, words):
 
 @pytest.mark.parametrize("train, test", [("train", "Test"), ("Train", "VAL"), ("TRAIN", "valid")])
 def test_the_split_of_a_folder_is_found_in_any_case(tmp_path, train, test):
-    """The test images would be left out, and a tenth of the training images held out instead."""
+    """If case mattered, Test/ would be left out, and a tenth of the training images held out
+    instead."""
     names = [f"{train}/a/1.png", f"{train}/b/2.png", f"{test}/a/3.png"]
     write_images(tmp_path, dict.fromkeys(names, 7))
     data = load_data("folder", tmp_path, 32)
@@ -199,7 +208,8 @@ def test_no_class_is_lost(tmp_path, monkeypatch):
 
 
 def test_held_out_images_stay_when_a_folder_changes():
-    """Training images would become test images, or a class could not be learned or tested."""
+    """If the split depended on the other images, training images would become test images when some
+    are added."""
     names = [f"{'abc'[i % 3]}/{i}.png" for i in range(300)] + ["d/0.png", "d/1.png", "e/0.png"]
     held_out = {}
     for listed in (names, [name for name in names if name[-5] not in "37"], names[::-1],
@@ -215,7 +225,8 @@ def test_held_out_images_stay_when_a_folder_changes():
 
 
 def test_cifar_is_read(tmp_path, monkeypatch):
-    """Channels in the wrong place would be noise. Without a network, there would be a traceback."""
+    """If channels were in the wrong place, images would be noise. Without a network, the line must
+    name the remedy."""
     cifar = torchvision.datasets.CIFAR10
     files = [file for file, _ in cifar.train_list + cifar.test_list]
     pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3072), np.uint8)
@@ -239,7 +250,8 @@ def test_cifar_is_read(tmp_path, monkeypatch):
 
 
 def test_nothing_is_written_among_the_images(tmp_path, monkeypatch):
-    """The views.png of a run, or of its teacher, would be a training image of the next run."""
+    """If --out could be among the images, the views.png of a run would be a training image of the
+    next run."""
     monkeypatch.chdir(tmp_path)
     write_images(".", dict.fromkeys([*(f"flat/{i}.png" for i in range(3)), "two/train/1.png"], 3))
     os.symlink("flat", "link")
@@ -260,7 +272,8 @@ def test_nothing_is_written_among_the_images(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [32, 80])
 def test_the_fingerprint_is_that_of_the_images(tmp_path, monkeypatch, size):
-    """A run would resume with other images, or not resume from another directory."""
+    """If the fingerprint missed exchanged images, a run would resume with them. If it contained the
+    directory, no copy would do."""
     monkeypatch.chdir(tmp_path)
     write_images(".", AB)
     before = load_data("folder", ".", size).fingerprint
@@ -330,8 +343,8 @@ def test_too_many_unreadable_images_are_counted_and_named(tmp_path):
     (OSError(errno.EIO, "Input/output error"), "Input/output"), (IndexError(), "remove"),
     (OSError(errno.ESTALE, "Stale handle"), "Stale"), (SyntaxError(), "remove")])
 def test_some_errors_are_not_the_images_fault(tmp_path, monkeypatch, capsys, workers, error, words):
-    """Without memory or a disk, gray images would be trained on, and the user would be told to
-    remove good files. A decoder may raise anything, which would end a run of days."""
+    """If a lack of memory or a failing disk counted as an unreadable image, gray images would be
+    trained on, and users would remove good files."""
     network = Encoder(ARCH, 8, image_size=72)
     split = red_files(tmp_path, 8)
     monkeypatch.setattr(Image, "open", Mock(side_effect=error))
@@ -344,7 +357,7 @@ def test_some_errors_are_not_the_images_fault(tmp_path, monkeypatch, capsys, wor
 
 
 def test_little_shared_memory_is_one_line(tmp_path):
-    """In Docker, a traceback or each worker's EXIF warnings would hide the two remedies."""
+    """If small shared memory, as in Docker, were a traceback, it would hide the two remedies."""
     red_files(tmp_path, 20)
     CORNERS.save(tmp_path / "a" / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
     command = (f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} {HERE}/probe.py "
@@ -358,7 +371,8 @@ def test_little_shared_memory_is_one_line(tmp_path):
 
 
 def test_batch_norm_is_averaged_over_batches():
-    """With statistics that lag behind the weights, all features of a MobileNet are nearly equal."""
+    """If statistics lagged behind the weights, all features of a MobileNet would be nearly
+    equal."""
     encoder = with_statistics(Encoder("mobilenet_v3_small", 8, image_size=32)).train()
     expected = copy.deepcopy(encoder)
     split = draw_all_shapes(80, 0)
@@ -375,7 +389,7 @@ def test_batch_norm_is_averaged_over_batches():
 
 
 def test_the_linear_probe_is_the_papers_sgd():
-    """With another recipe, no accuracy could be compared with a published one."""
+    """If the recipe were another, no accuracy could be compared with a published one."""
     x = torch.randn(300, 6)
     y = torch.randint(0, 3, (300,))
     slow, fast = probe.fit_linear(x, y, 3, [0.01, 0.3], epochs=10)
@@ -394,7 +408,8 @@ def test_the_linear_probe_is_the_papers_sgd():
 
 
 def test_an_evaluation_of_a_part_has_images_of_all_classes(few_shapes):
-    """Folders are sorted by class: kNN would compare with 8 of ImageNet's 1,000 classes."""
+    """If the first images of a folder, which is sorted by class, were the part, kNN would compare
+    with 8 of ImageNet's 1,000 classes."""
     data = load_data("shapes")
     data.train = data.train.subset(data.train.labels.argsort(stable=True))
     network = Encoder(ARCH, image_size=32)
@@ -416,7 +431,8 @@ def test_the_backbone_in_an_encoder_file_has_torchvisions_names(tmp_path):
 
 
 def test_the_image_grids_show_the_right_images(tmp_path, few_shapes):
-    """The README's grid would show other images than the nearest, or mark wrong ones as right."""
+    """If the grid were wrong, README would show other images than the nearest, or mark wrong ones
+    as right."""
     pixels = torch.arange(6)[:, None, None, None].repeat(1, 3, 32, 32) * 40
     bank = Split(pixels=pixels.to(torch.uint8), labels=torch.tensor([0, 1, 0, 1, 0, 1]))
     queries = bank.subset([2, 5])

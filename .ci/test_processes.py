@@ -155,7 +155,7 @@ def test_a_signal_to_torchrun_or_to_one_process_saves_and_ends_them_all(tmp_path
 
 
 def test_a_process_that_dies_ends_the_others_and_leaves_a_checkpoint(tmp_path):
-    """Seven GPUs would wait for the eighth for hours."""
+    """If the others did not notice, seven GPUs would wait for the eighth for hours."""
     process = start_run(tmp_path, TWO_RANKS, "--method moco", 3)
     os.kill(family(process)[2], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
@@ -180,8 +180,8 @@ def run_on_two_nodes(folder, flags, stop=False):
 
 
 def test_two_nodes_are_one_run(tmp_path):
-    """Each node would make a teacher of its own or write over the other's files, or the run would
-    be another than on one node with two processes."""
+    """If the nodes did not agree, each would train its own teacher, or write over the other's
+    files."""
     flags = [*SHORT_RUN, *f"--teacher-arch {ARCH} --teacher-method moco --teacher-epochs 1".split()]
     for name in ("one", "first", "second"):
         gray_images(tmp_path / name / "images")
@@ -245,7 +245,8 @@ def test_a_rank_of_another_launcher_does_not_silence_the_probe(quick, monkeypatc
 
 
 def test_a_batch_is_shared_evenly_or_refused(quick, monkeypatch):
-    """Processes would train on different numbers of images, or batch norm on a single one."""
+    """If a batch were not a multiple of the processes, they would train on different numbers of
+    images."""
     monkeypatch.setattr(train, "rank_and_world_size", lambda: (0, 2))
     for size in ("129", "2"):
         line = refusal(train.fit_to_data, make_cfg("--batch-size", size), probe.load_data("shapes"))
@@ -323,7 +324,7 @@ def test_a_workers_error_is_one_line(quick, monkeypatch, capsys, error, words):
 
 
 def test_a_run_whose_images_disappear_ends(tmp_path):
-    """It would wait forever for workers that ignore signals."""
+    """If the run waited for its workers, which ignore signals, it would wait forever."""
     flags = "--method supervised --image-size 72 --workers 2 --epochs 1000"
     process = start_run(tmp_path, TRAIN, flags, 3)
     shutil.rmtree(tmp_path / "images")

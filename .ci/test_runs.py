@@ -88,7 +88,8 @@ def other_teacher(tmp_path):
     *[(os, "replace", i) for i in (1, 2, 3, 4, 5, 6)], (torch, "save", 2), (torch, "save", 4),
     (Supervised, "after_step", 2), (Supervised, "after_step", 5), (train.Run, "write_row", 2)])
 def test_a_run_that_is_killed_at_any_moment_resumes(quick, owner, name, call):
-    """It would be refused. (It writes args.json, views.png, and twice encoder.pt and last.pt.)"""
+    """If a kill left files that do not fit together, the run would be refused. (A run writes
+    args.json and views.png, then encoder.pt and last.pt twice.)"""
     run(SHORT, "whole")
     cut_at(owner, name, call, SHORT)
     Path("run/last.pt.99.tmp").touch()                          # what a real kill leaves
@@ -122,7 +123,8 @@ def test_a_signal_ends_a_run_after_its_step_is_saved(quick, capfd, teacher_file,
 
 
 def test_outside_the_loop_signals_have_their_usual_effect(quick, monkeypatch):
-    """Ctrl-C while a data set is read, or in the final evaluation, would only be noted."""
+    """If the handlers were installed for the whole program, Ctrl-C would have no effect while a
+    data set is read or the table is made."""
     usual = handlers()
     seen = {}
     for owner, name in ((train, "load_data"), (train.Run, "open"), (Supervised, "loss"),
@@ -138,7 +140,8 @@ def test_outside_the_loop_signals_have_their_usual_effect(quick, monkeypatch):
 
 
 def test_ignored_signals_stay_ignored_and_a_thread_sets_no_handler(quick, monkeypatch):
-    """`nohup` would not protect a run. A notebook's thread would get an error."""
+    """If handlers were always installed, `nohup` would not protect a run, and a notebook's thread
+    would get an error."""
     at_call(monkeypatch, Supervised, "after_step", 2, partial(os.kill, os.getpid(), signal.SIGHUP))
     usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -154,7 +157,7 @@ def test_ignored_signals_stay_ignored_and_a_thread_sets_no_handler(quick, monkey
 
 @pytest.mark.parametrize("make", [os.pipe, os.openpty])
 def test_a_reader_that_has_gone_does_not_end_a_run(quick, make):
-    """Ctrl-C ends `| tee log` before the run has saved. Without a terminal, print() fails (EIO)."""
+    """If print() failed, the run would end without saving: Ctrl-C ends `| tee log` first."""
     reader, writer = make()
     os.close(reader)
     with open(writer, "w") as file, contextlib.redirect_stdout(file):
@@ -165,7 +168,7 @@ def test_a_reader_that_has_gone_does_not_end_a_run(quick, make):
 # --------------------------------------------------------------------------------------- the folder
 @pytest.mark.parametrize("minutes, steps", [(0, [1, 2, 3, 4, 5, 6]), (1, [2, 3, 5, 6])])
 def test_a_run_is_saved_every_few_minutes(quick, monkeypatch, minutes, steps):
-    """On ImageNet an epoch may take hours, and a kill would cost them."""
+    """If a run were saved only after an epoch, a kill would cost hours on ImageNet."""
     now = itertools.count(0, 31)                                # seconds from one look to the next
     saved = spy(monkeypatch, train.Run, "save")
     monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
@@ -175,7 +178,8 @@ def test_a_run_is_saved_every_few_minutes(quick, monkeypatch, minutes, steps):
 
 @pytest.mark.parametrize("minutes", [0, 9])
 def test_seconds_are_those_of_training_alone(quick, monkeypatch, minutes):
-    """The table would count evaluation and saving, which depend on --eval-every, as training."""
+    """If evaluation and saving counted as training, the table's seconds would depend on
+    --eval-every."""
     now = itertools.count()                                     # each look at the clock: a second
 
     def slow(*args):
@@ -190,7 +194,8 @@ def test_seconds_are_those_of_training_alone(quick, monkeypatch, minutes):
 
 
 def test_rows_after_the_checkpoint_come_again(quick):
-    """Rows would stand twice in the log, or a torn one would swallow the next."""
+    """If later rows were kept, they would appear twice in the log, or an incomplete row would spoil
+    the next one."""
     flags = f"{SHORT} --subset 240 --epochs 1"                  # 15 steps, a row after 10 and 15
     run(flags, "whole")
     cut_at(train.Run, "save", 1, flags)                         # without a checkpoint: all rows
@@ -205,7 +210,8 @@ def test_rows_after_the_checkpoint_come_again(quick):
 
 @pytest.mark.parametrize("end", [0, -5])
 def test_a_lost_or_torn_log_does_not_spoil_the_next_rows(quick, end):
-    """A power cut may keep last.pt, but not the end of the log. A user may empty the log."""
+    """If the log's end is lost in a power cut, or a user empties it, the next rows must still be
+    rows."""
     run(f"{SHORT} --max-steps 3")
     Path("run/log.csv").write_text(Path("run/log.csv").read_text()[:end])
     run(SHORT)
@@ -217,7 +223,8 @@ def test_a_lost_or_torn_log_does_not_spoil_the_next_rows(quick, end):
     (partial(os.truncate, length=5000), "cannot read run/last.pt"),
     (partial(torch.save, {"weights": 1}), "run/last.pt"), (os.remove, "run has no last.pt")])
 def test_an_unusable_checkpoint_is_an_error_that_says_what_to_do(quick, damage, words):
-    """A run would start again, or train over a good encoder.pt: users delete a large last.pt."""
+    """If a damaged last.pt were ignored, a run would start again and overwrite a good
+    encoder.pt."""
     run(SHORT)
     damage("run/last.pt")
     before = files_of("run")
@@ -233,7 +240,8 @@ def test_an_unusable_checkpoint_is_an_error_that_says_what_to_do(quick, damage, 
     ("--teacher other.pt", "teacher_fingerprint was"), ("--init other.pt", "init_fingerprint was"),
     ("--teacher-mean 0 0 0", "teacher_mean was None, is [0.0, 0.0, 0.0]")])
 def test_other_settings_are_another_run(quick, teacher_file, other_teacher, flags, words):
-    """Half of the student would be one experiment, half of it another."""
+    """If other settings could resume a run, half of the student would belong to another
+    experiment."""
     start = f"--subset 48 --max-steps 3 --teacher {teacher_file} --init {teacher_file}"
     run(start)
     before = files_of("run")
@@ -246,7 +254,8 @@ def test_other_settings_are_another_run(quick, teacher_file, other_teacher, flag
     ("log.csv", "a log.csv but no args.json"), ("encoder.pt", "encoder.pt but no args.json"),
     ("args.json", "its args.json is damaged")])
 def test_a_folder_of_other_files_is_left_alone(quick, name, words):
-    """`--out .` would empty a user's log.csv, or delete temporary files of other programs."""
+    """If any folder were accepted, `--out .` would empty a user's log.csv, or delete temporary
+    files of other programs."""
     Path(name).write_text("of a user")
     Path("notes.tmp").write_text("of a user")
     assert words in refusal(run, f"--teacher-arch {ARCH}", out=".")
@@ -258,7 +267,8 @@ def test_a_folder_of_other_files_is_left_alone(quick, name, words):
 
 @pytest.mark.parametrize("cache", ["cache", "run"])
 def test_two_runs_in_one_folder_do_not_mix(quick, monkeypatch, teacher_file, cache):
-    """Their logs would mix. (To close any file object on it, like a cache's, drops a lock.)"""
+    """If a folder were not locked, the logs of two runs would mix. (Closing any file object on the
+    lock file releases the lock.)"""
     flags = f"--subset 48 --teacher {teacher_file} --teacher-cache {cache}"
     lock = [sys.executable, "-c", LOCK, "run/.lock"]
     tried = []
@@ -276,7 +286,7 @@ def test_two_runs_in_one_folder_do_not_mix(quick, monkeypatch, teacher_file, cac
 
 
 def test_a_path_may_begin_with_a_tilde(quick, monkeypatch, teacher_file):
-    """The shell leaves ~ alone in --out=~/x, so that a folder named ~ would be made."""
+    """If ~ were not expanded, a folder named ~ would be made: shells leave --out=~/x as it is."""
     monkeypatch.setenv("HOME", str(quick / "home"))
     Path("home").mkdir()
     Path("home/t.pt").write_bytes(Path(teacher_file).read_bytes())
@@ -299,7 +309,8 @@ mount -o remount,ro disk
 
 
 def test_a_full_or_read_only_disk_is_one_line_and_the_run_resumes(quick):
-    """The same command would be refused when there is space again: last.pt did not fit."""
+    """If a full disk left half of a last.pt, the same command would be refused when there is space
+    again."""
     Path("disk").mkdir()
     flags = [*TINY, *SHORT.split(), *f"--arch {ARCH} --dim 8 --hidden-dim 0".split()]
     words = ["unshare", "-rm", "bash", "-c", DISKS, "-", sys.executable, "-c", COMMAND, *flags]
@@ -315,7 +326,7 @@ def test_a_full_or_read_only_disk_is_one_line_and_the_run_resumes(quick):
 
 
 def test_what_is_not_finite_ends_the_run_before_it_is_saved(quick, monkeypatch):
-    """It would save itself over the good checkpoint, or its advice could not be followed."""
+    """If a diverged run were saved, it would overwrite the last good checkpoint."""
     def broken(self, labels):
         nn.init.constant_(next(self.encoder.parameters()), math.inf)
 
@@ -335,7 +346,8 @@ def test_what_is_not_finite_ends_the_run_before_it_is_saved(quick, monkeypatch):
 
 
 def test_float16_scales_the_loss_and_a_resumed_run_keeps_the_scale(quick, monkeypatch):
-    """Small gradients would be 0. A run that moves from a GPU with bf16 to an older one fails."""
+    """If the loss were not scaled, small gradients would be 0 in float16. If the scale were not
+    saved, a resumed run would differ."""
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=4.0, growth_interval=3))
     flags = f"{SHORT} --precision fp16"
@@ -351,7 +363,8 @@ def test_float16_scales_the_loss_and_a_resumed_run_keeps_the_scale(quick, monkey
 
 @pytest.mark.parametrize("precision, dtype", [("auto", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_dtypes_reach_the_networks(quick, monkeypatch, teacher_file, precision, dtype):
-    """bf16 would be announced and not used, or the loss would be rounded to steps of 0.03."""
+    """If autocast missed a network, bf16 would be reported but not used. If it reached the loss,
+    the loss would be rounded to steps of 0.03."""
     features = spy(monkeypatch, Encoder, "features")
     losses = spy(monkeypatch, SEED, "loss")
     run(f"--teacher {teacher_file} --max-steps 1 --precision {precision}")
@@ -363,7 +376,7 @@ def test_the_dtypes_reach_the_networks(quick, monkeypatch, teacher_file, precisi
 @pytest.mark.parametrize("method, count", [("seed --teacher FILE", 2), ("moco", 2),
                                            ("supervised", 1), ("linear --init FILE", 1)])
 def test_compiled_networks_are_used(quick, monkeypatch, teacher_file, method, count):
-    """A network that is left out, or called in another way, would stay as slow as it was."""
+    """If the loop called another function than the compiled one, --compile would change nothing."""
     called = []
 
     def forward(network, *args):
@@ -382,7 +395,8 @@ def test_compiled_networks_are_used(quick, monkeypatch, teacher_file, method, co
 @pytest.mark.parametrize("flags", ["--teacher-arch resnet18 --teacher-cache cache",
                                    "--method supervised --compare"])
 def test_a_profile_times_each_part_and_leaves_no_run_behind(quick, capsys, monkeypatch, flags):
-    """A part would be missing, or the next run would find the profile's files in its place."""
+    """If a part were not wrapped, it would be missing. If files stayed, the next run would find
+    them."""
     monkeypatch.setattr(train.Run, "evaluate", None)            # no part of a step
     run(f"{flags} --profile --arch resnet18 --subset 20 --batch-size 4 --epochs 1 --eval-every 1")
     out = capsys.readouterr().out
@@ -394,7 +408,8 @@ def test_a_profile_times_each_part_and_leaves_no_run_behind(quick, capsys, monke
 
 
 def test_a_student_may_start_from_weights(quick, teacher_file, other_teacher):
-    """What labels made would be called label-free. (--arch names the network of torchvision's.)"""
+    """If --init did not pass on `used_labels`, weights made with labels would be called label-free.
+    (--arch names the network of torchvision's file.)"""
     start = load_teacher(other_teacher)
     for dim in (32, 8):
         args = train.parse_args(["--arch", ARCH, "--dim", str(dim)])
@@ -422,7 +437,8 @@ def test_a_secret_in_a_url_is_not_written(quick, monkeypatch, capsys, teacher_fi
 
 @pytest.mark.parametrize("method", ["linear", "finetune"])
 def test_a_classifier_resumes_and_is_logged(quick, teacher_file, capsys, method):
-    """A hundred epochs on ImageNet would be lost, or the probe would train what it is to judge."""
+    """If the probe could not resume, a hundred epochs on ImageNet would be lost. If it moved the
+    encoder, it would train what it should judge."""
     flags = f"--method {method} --init {teacher_file} --eval-every 1"
     run(flags, "whole")
     result = json.loads(Path("whole/results.json").read_text())
@@ -449,7 +465,8 @@ def test_a_classifier_resumes_and_is_logged(quick, teacher_file, capsys, method)
 
 
 def test_few_labels_shrink_the_batch(quick, monkeypatch):
-    """1% of CIFAR-10's labels are 500 images: a batch of 512 would be refused."""
+    """If the batch did not shrink to the labeled images, 1% of CIFAR-10's labels (500) would be
+    refused."""
     seen = spy(monkeypatch, train, "fit_to_data")
     run("--method finetune --label-fraction 0.02 --batch-size 64 --subset 250")
     [((_, data), _)] = seen
@@ -462,7 +479,8 @@ def test_few_labels_shrink_the_batch(quick, monkeypatch):
     ("swav.pth --small-crops 2", 2, [0.14, 1.0]), ("swav.pth --image-size 64", 0, [0.4, 1.0]),
     ("FILE", 0, [0.4, 1.0])])
 def test_a_swav_teacher_brings_its_crops(quick, capsys, teacher_file, flags, count, scale):
-    """The paper's best results need them: crops of 0.14 to 1 of an image, and six small ones."""
+    """If a SwAV teacher did not change the views, the paper's best results would be out of reach:
+    crops of 0.14 to 1 of an image, and six small ones."""
     network = torchvision.models.resnet18()
     network.fc = nn.Identity()
     network.projection_head = nn.Linear(512, 16)
@@ -484,7 +502,8 @@ def test_a_swav_teacher_brings_its_crops(quick, capsys, teacher_file, flags, cou
     ("--small-crops 1", "mobilenet_v3_small", 24, "not at 24")])
 def test_networks_that_do_not_fit_are_refused_before_training(quick, monkeypatch, teacher_file,
                                                               flags, arch, size, words):
-    """A vision transformer for 224 px would fail in the first step, days after its rivals."""
+    """If sizes were not checked first, a vision transformer for 224 px would fail days after its
+    teacher began."""
     def refuse(self, image_size):
         if self.arch == arch and image_size == size:
             raise InputError(f"not at {size} px")
@@ -497,7 +516,8 @@ def test_networks_that_do_not_fit_are_refused_before_training(quick, monkeypatch
 
 
 def test_networks_are_evaluated_as_they_are_used(quick, monkeypatch, teacher_file):
-    """The untrained one would have no batch norm, or the teacher another image size."""
+    """If rows of the table were evaluated differently, they could not be compared: untrained batch
+    norm, another image size."""
     tables = spy(monkeypatch, train, "print_table")
     flags = f"--dim 32 --teacher {teacher_file} --max-steps 1"
     run(flags)
@@ -514,7 +534,7 @@ def test_networks_are_evaluated_as_they_are_used(quick, monkeypatch, teacher_fil
 
 
 def test_compare_trains_the_same_network_by_the_other_methods(quick, monkeypatch, teacher_file):
-    """The comparison would be unfair: the student's settings, or its start."""
+    """If baselines got the student's settings or its start, the comparison would be unfair."""
     tables = spy(monkeypatch, train, "print_table")
     flags = (f"--teacher {teacher_file} --init {teacher_file} --dim 32 --lr 0.7 --max-steps 1 "
              "--teacher-cache cache --compare")
@@ -539,7 +559,8 @@ def test_compare_trains_the_same_network_by_the_other_methods(quick, monkeypatch
     ("--workers 1 --save-minutes 1 --compare --init a/encoder.pt --teacher-cache cache", 1),
     ("--teacher-method moco", 2), ("--seed 1", 2), ("--max-steps 1", 2), ("--dim 16", 2)])
 def test_a_teacher_is_trained_once_and_kept_under_what_made_it(quick, flags, count):
-    """Each student would train it again, or one of another recipe or seed would be used."""
+    """If the folder's name did not depend on all settings, a teacher of another recipe or seed
+    would be used."""
     run(f"--teacher-arch {ARCH} --max-steps 2", "a")
     student = load_teacher("a/encoder.pt")
     expected = f"SEED, 0.3333 epochs on shapes, teacher: {ARCH}, supervision, 0.3333 epochs on sh"
@@ -550,7 +571,8 @@ def test_a_teacher_is_trained_once_and_kept_under_what_made_it(quick, flags, cou
 
 
 def test_a_finished_run_keeps_its_encoder_to_the_last_bit(quick, capsys):
-    """Made again, it would be another teacher, and its students could not resume."""
+    """If a finished run wrote encoder.pt again, it might be another teacher, and its students could
+    not resume."""
     run(SHORT)
     before = files_of("run")
     time = Path("run/encoder.pt").stat().st_mtime_ns
@@ -573,7 +595,8 @@ def cached(quick, teacher_file):
 
 @pytest.mark.parametrize("more", ["", "--small-crops 1"])
 def test_kept_embeddings_are_the_teachers(monkeypatch, teacher_file, cached, more):
-    """A second student, or one whose cache was torn by a kill, would learn from another teacher."""
+    """If a row that a kill cut short were used, a second student would learn from another
+    teacher."""
     run(f"--subset 48 --queue-size 40 --teacher {teacher_file} {more}", "without")
     asked = spy(monkeypatch, SEED, "targets")
     cut_at(SEED, "after_step", 5, f"{cached} {more}")
@@ -592,7 +615,8 @@ def test_kept_embeddings_are_the_teachers(monkeypatch, teacher_file, cached, mor
 
 
 def test_a_cache_grows_and_repeats(monkeypatch, cached):
-    """More epochs would compute again what is there, or --view-epochs would not bound the disk."""
+    """If rows were stored by another index, more epochs would compute them again, and --view-epochs
+    would not limit the disk space."""
     asked = spy(monkeypatch, SEED, "targets")
     for out, more, calls, epochs in (("once", "--view-epochs 1", 3, 1), ("twice", "", 6, 2),
                                      ("again", "--view-epochs 1 --tau-t 0.2", 6, 2),
@@ -609,7 +633,8 @@ def test_a_cache_grows_and_repeats(monkeypatch, cached):
     ("--precision bf16", "was torch.float32, is torch.bfloat16"), ("--teacher-mean 0 0 0", "was"),
     ("--teacher other.pt", "teacher_fingerprint was "), ("--label-fraction 0.5", "was")])
 def test_a_cache_of_other_embeddings_is_refused(cached, other_teacher, flags, words):
-    """The embeddings of other views, other images or another teacher would be learned silently."""
+    """If a cache did not know what it depends on, embeddings of other views, images or teachers
+    would be used."""
     run(f"{cached} --max-steps 1")
     if not flags:                                               # of unknown origin
         Path("cache/fingerprint.json").write_text("")
@@ -619,7 +644,8 @@ def test_a_cache_of_other_embeddings_is_refused(cached, other_teacher, flags, wo
 
 
 def test_a_disk_that_the_cache_fills_ends_the_run_in_one_line(cached):
-    """Rows would be lost without a word, or the user would not know which disk is full."""
+    """If a failed write were ignored, rows would be lost, and the user would not know which disk is
+    full."""
     def fill(cache, batch):
         cache.file = open("/dev/full", "wb", buffering=0)
         return targets(cache, batch)
@@ -633,7 +659,8 @@ def test_a_disk_that_the_cache_fills_ends_the_run_in_one_line(cached):
 
 
 def test_students_share_a_cache_at_the_same_time(monkeypatch, cached):
-    """One of them would find half of a fingerprint, or shrink the other's file."""
+    """If a second student changed the cache's size or fingerprint, the first one would fail or read
+    other rows."""
     run(cached.replace("--teacher-cache cache", ""), "without")
     asked = spy(monkeypatch, SEED, "targets")
     at_call(monkeypatch, SEED, "after_step", 2, lambda: run(f"{cached} --epochs 3", "longer"))
