@@ -104,12 +104,20 @@ def defaults(dataset, image_size, method):
 
 
 def parse_args(argv=None):
-    """Return the flags as given; None where the recipe decides."""
+    """Return the flags as given; None where the recipe decides. InputError if they contradict."""
     parser = Parser(description=__doc__, epilog="Defaults: RECIPES in train.py, and each run's "
                     "args.json. Small networks gain from more epochs.")
     add_experiment_flags(parser)
     add_run_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    wrong = [name for name in ("teacher", "teacher_cache", "small_crops") if getattr(args, name)]
+    if args.method != "seed" and wrong:
+        parser.error(f"--{wrong[0].replace('_', '-')} is only for --method seed")
+    if args.method in ("linear", "finetune") and args.compare:
+        parser.error(f"--compare does not go with --method {args.method}")
+    if args.method == "linear" and not args.init:
+        parser.error("--method linear evaluates an encoder; name its file with --init")
+    return args
 
 
 def add_experiment_flags(parser):
@@ -176,13 +184,6 @@ def make_config(args, method, **changes):
         flags = {key: value for key, value in flags.items() if key not in NOT_INHERITED}
     unset = dict.fromkeys(vars(args))
     cfg = argparse.Namespace(**{**unset, **recipe, **flags, "method": method, **changes})
-    wrong = [name for name in ("teacher", "teacher_cache", "small_crops") if getattr(args, name)]
-    if args.method != "seed" and wrong:
-        raise InputError(f"--{wrong[0].replace('_', '-')} is only for --method seed")
-    if method in ("linear", "finetune") and args.compare:
-        raise InputError(f"--compare does not go with --method {method}")
-    if method == "linear" and not args.init:
-        raise InputError("--method linear evaluates an encoder; name its file with --init")
     if method == "finetune" and not args.init:
         cfg.backbone_factor = 1.0
     if method != "seed":
