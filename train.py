@@ -204,8 +204,8 @@ def init_distributed(device_name):
     if found and missing:
         raise InputError(f"of torchrun's variables, {' and '.join(found)} is set but {missing[0]} "
                          "is not; unset it, or start several processes with torchrun")
-    defaults = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT="0")
-    values = {name: os.environ.get(name) or default for name, default in defaults.items()}
+    values = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT="0")     # of one process
+    values = {name: os.environ.get(name) or value for name, value in values.items()}
     if not "".join(values.values()).isdecimal() or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
         raise InputError(f"torchrun's variables cannot be {values}; unset them")
     world_size = int(values["WORLD_SIZE"])
