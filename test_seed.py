@@ -1482,7 +1482,7 @@ def slow_training(method, data, cfg, views):
             u = uniforms(0, epoch, samples, v)
             view = augment(data.train.pixels[samples], u, size, scale, False, not classifies)
             images.append(view.contiguous(memory_format=torch.channels_last))
-        torch.manual_seed(step)                                 # for MoCo's shuffle
+        train.seed_generators(cfg, step)                        # for MoCo's shuffle
         targets = method.targets(images, data.train.labels[samples])
         loss = method.loss(method(images), targets)
         gradients = torch.autograd.grad(loss, list(weights.values()))
