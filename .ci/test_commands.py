@@ -288,6 +288,28 @@ def test_readmes_commands_run(inputs, monkeypatch, capsys):
     assert [row["labels"] for row in first] == ["no", "yes", "by its teacher"]
 
 
+FEW_IMAGES = """
+import torchvision
+from PIL import Image
+class CIFAR10(list):
+    classes = ["cat", "dog"]
+    def __init__(self, root, train, download):
+        super().__init__([(Image.new("RGB", (32, 32)), i % 2) for i in range(4 if train else 2)])
+torchvision.datasets.CIFAR10 = CIFAR10
+"""
+
+
+def test_the_images_for_readmes_table_are_written(tmp_path):
+    """If this command failed, no row of the table could be reproduced."""
+    (tmp_path / "sitecustomize.py").write_text(FEW_IMAGES)              # instead of a download
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    subprocess.run(["sh", HERE / "assets/evidence.sh", tmp_path / "DIR", "images"], check=True,
+                   env=dict(os.environ, PYTHONPATH=str(tmp_path), PATH=path))
+    found = sorted(str(p.relative_to(tmp_path / "DIR")) for p in (tmp_path / "DIR").rglob("*.png"))
+    assert found == [*(f"train/{'cat' if i < 2 else 'dog'}/{n:05d}.png" for i, n in
+                       enumerate((0, 2, 1, 3))), "val/cat/00000.png", "val/dog/00001.png"]
+
+
 def test_seed_py_needs_nothing_but_itself(tmp_path):
     """If seed.py needed another file, nobody could copy it alone."""
     shutil.copy(HERE / "seed.py", tmp_path)
