@@ -35,9 +35,15 @@ def gray_images(root, count=40):
     write_images(root, {f"{'ab'[i % 2]}/{i:03d}.png": 3 * i for i in range(count)})
 
 
+def obey_hangup():
+    """Let a program receive SIGHUP even if these tests run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(*words, cwd, **variables):
     """Start a command as a user does, but on one thread. Return its Popen."""
     STARTED.append(subprocess.Popen([str(word) for word in words], cwd=cwd, text=True,
+                                    preexec_fn=obey_hangup,
                                     env={**os.environ, **variables, "OMP_NUM_THREADS": "1"},
                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     return STARTED[-1]
