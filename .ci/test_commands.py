@@ -207,6 +207,7 @@ def test_workers_are_shared_among_the_processes_of_a_node(monkeypatch):
     workers."""
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "none")
     assert make_cfg().workers == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert make_cfg().workers == probe.parse_args(["x"]).workers == 3, "of 12 that may be used"

@@ -475,6 +475,11 @@ def transformer():
     torch.manual_seed(3)
     return Tiny()
 def untrained(): return Tiny()
+def half_untrained():
+    mask = torch.randn(3)
+    network = transformer()
+    network.register_buffer("mask", mask)
+    return network
 def maps(): return transformer().patches
 def leaves(): sys.exit("no weights\\nhere")
 """
@@ -483,7 +488,8 @@ def leaves(): sys.exit("no weights\\nhere")
 def test_a_network_of_torch_hub_teaches_by_its_output(tmp_path, monkeypatch):
     """If hub: did not work, DINOv2 and many other networks could not be teachers."""
     (tmp_path / "hubconf.py").write_text(HUBCONF)
-    teacher = load_teacher(f"hub:{tmp_path}:transformer", mean=(0, 0, 0), std=(0.5, 0.5, 0.5))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    teacher = load_teacher("hub:~:transformer", mean=(0, 0, 0), std=(0.5, 0.5, 0.5))
     x = torch.rand(4, 3, 40, 40)
     assert torch.allclose(teacher(x), F.normalize(teacher.backbone(x / 0.5), dim=1), atol=1e-6)
     assert (teacher.dim, teacher.feature_dim, teacher.used_labels) == (8, 8, None)
@@ -498,7 +504,8 @@ def test_a_network_of_torch_hub_teaches_by_its_output(tmp_path, monkeypatch):
 @pytest.mark.parametrize("entry, words", [
     ("maps", "does not turn images of 224 px into vectors"), ("nothing", "nothing"),
     ("leaves", "leaves: no weights"), ("", "cannot load hub:"),
-    ("untrained", "untrained: some of its layers have random weights")])
+    ("untrained", "untrained: some of its layers have random weights"),
+    ("half_untrained", "half_untrained: some of its layers have random weights")])
 def test_an_entry_of_torch_hub_that_is_no_teacher_is_one_line(tmp_path, entry, words):
     """If an entry were trusted, random layers would be distilled. It is other people's code and may
     do anything."""

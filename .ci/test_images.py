@@ -133,7 +133,7 @@ def test_a_large_jpeg_is_decoded_small_and_stays_sharp(tmp_path, monkeypatch, mo
 def test_what_pillow_can_open_is_read_and_the_rest_is_counted(tmp_path):
     """If files were left out silently, half of a data set could be missing. A named pipe would
     block forever."""
-    names = ["a.jfif", "b.JPE", "c", "d.avif", "e.png", "f.webp"]
+    names = ["a.jfif", "b.JPE", "c", "d.avif", "e.png", "f.webp", "g.pnm", "h.mpo", "i.apng"]
     for name in (*names, ".hidden.jpg", "._a.jpg"):
         COLORS.save(tmp_path / name, format="JPEG" if name < "d" else None)
     for name in ("notes.txt", "more.txt", "f.heic", "README"):
@@ -161,7 +161,8 @@ def test_each_image_is_read_once_whatever_symlinks_lead_to_it(tmp_path, link, ta
 
 @pytest.mark.parametrize("name", [
     "__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
-    "$Recycle.Bin", "@Recycle", "#snapshot", "~snapshot", "Network Trash Folder"])
+    "$Recycle.Bin", "@Recycle", "#snapshot", "~snapshot", "Network Trash Folder", "found.000",
+    "RECYCLER", "TheVolumeSettingsFolder", "@sharebin"])
 def test_folders_of_operating_systems_are_no_classes(tmp_path, name):
     """If every folder were a class, those of macOS and network drives would add classes of
     thumbnails or deleted images."""

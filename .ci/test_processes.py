@@ -288,6 +288,7 @@ def test_bad_input_is_one_line_from_one_process(monkeypatch, capsys, rank, words
     (KeyboardInterrupt(), 130, "\ninterrupted"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "error: out of"),
     (RuntimeError("Connection closed by peer [127.0.0.1]:1"), 1, "error: another process of this"),
+    (RuntimeError("Timed out waiting 1800000ms for recv operation"), 1, "error: another process"),
     (RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error."), 1,
      "error: a DataLoader worker was killed; if shared memory (/dev/shm) is small"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nmat1 and mat2"), None, "")])
