@@ -1,0 +1,35 @@
+"""Two variants of SEED on real images. The flags are those of train.py; results are in RESULTS.md.
+
+    python assets/variants.py regression --out runs/regression
+    python assets/variants.py student_queue --out runs/student-queue
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from probe import run_command
+from seed import SEED
+
+
+class Regression(SEED):
+    """The loss is the squared distance between z_s and z_t: neither queue nor temperatures."""
+
+    def loss(self, z_s, z_t):
+        return (z_s - z_t).square().sum(dim=1).mean()
+
+
+class StudentQueue(SEED):
+    """The queue contains the student's earlier embeddings. The own entry is still z_t."""
+
+    def forward(self, views):
+        self.z_s = super().forward(views)
+        return self.z_s
+
+    def after_step(self, z_t):
+        self.queue.enqueue(self.z_s.detach())
+
+
+if __name__ == "__main__":                      # a worker process imports this file
+    train.SEED = dict(regression=Regression, student_queue=StudentQueue)[sys.argv[1]]
+    run_command(lambda: train.main(sys.argv[2:]))
