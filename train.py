@@ -397,7 +397,38 @@ def build(cfg, data, device, teacher=None, init=None):
     if cfg.profile:
         for stage in ("targets", "forward", "loss"):
             setattr(method, stage, record_function(stage)(getattr(method, stage)))
+    if device.type == "cpu":
+        speed_up_small_maps(method)
     return encoder, method.to(device, memory_format=torch.channels_last).train()
+
+
+def speed_up_small_maps(network):
+    """Replace the usual convolutions of a network by SmallMapConv2d: odd, square, zero padding."""
+    for layer in network.modules():
+        if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and layer.dilation == (1, 1):
+            half = layer.kernel_size[0] // 2
+            if layer.kernel_size == (2 * half + 1,) * 2 and layer.padding == (half, half):
+                layer.__class__ = SmallMapConv2d
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """The same convolution of a map [B, C, S, S], faster on a CPU if its kernel is larger than S.
+
+    At 32 px, the kernels of the last layers see little but padding. Without AVX-512, torch 2.14
+    spends more than half of a training step on the gradients of their weights."""
+
+    def forward(self, x):
+        height, size = x.shape[-2:]
+        pad = self.padding[0]
+        if size > 2 * pad or height != size:
+            return super().forward(x)
+        if size <= self.stride[0]:                  # one output: only this part meets the map
+            weight = self.weight[:, :, pad:pad + size, pad:pad + size]
+            return nn.functional.conv2d(x, weight, self.bias, groups=self.groups)
+        if self.groups > 1:                         # depthwise: padding is faster as a step
+            x = nn.functional.pad(x, (pad, pad, pad, pad))
+            return nn.functional.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+        return super().forward(x)
 
 
 def make_optimizer(method, cfg):

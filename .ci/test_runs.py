@@ -1,5 +1,6 @@
 """Hard cases of runs: kills, signals, disks, settings of another run, teachers and their cache."""
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -690,3 +691,33 @@ def test_the_file_of_a_short_run_has_usable_features(quick):
         spread[name] = (x - x.mean(0)).norm(dim=1).mean()
     assert spread["last.pt"] < 1e-3, "else this test shows nothing"
     assert spread["encoder.pt"] > 0.5
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2), (5, 1), (5, 2), (7, 1)])
+def test_the_shortcut_for_small_maps_changes_no_number(kernel, stride, groups):
+    """The shortcut cuts out the wrong part of a kernel, or takes a map for which it is wrong: the
+    network that was trained is then not the one that encoder.pt describes."""
+    usual = nn.Conv2d(8, 8, kernel, stride, padding=kernel // 2, groups=groups)
+    faster = copy.deepcopy(usual)
+    train.speed_up_small_maps(faster)
+    assert type(faster) is train.SmallMapConv2d
+    for height, width in [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (8, 8), (2, 5), (5, 2)]:
+        results = []
+        x = torch.randn(4, 8, height, width)
+        for layer in (usual, faster):
+            inputs = [x.clone().requires_grad_(), layer.weight, layer.bias]
+            y = layer(inputs[0])
+            results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+        torch.testing.assert_close(*results)
+
+
+def test_other_convolutions_stay_as_they_are():
+    """A dilated kernel, a padding of another size or kind, or an even kernel is cut like a usual
+    one: a hub: teacher then computes nonsense."""
+    others = nn.ModuleList([
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 4, padding=2),
+        nn.Conv2d(8, 8, 3, padding="same"), nn.Conv2d(8, 8, (1, 3), padding=(0, 1)),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")])
+    train.speed_up_small_maps(others)
+    assert {type(layer) for layer in others} == {nn.Conv2d}
