@@ -403,32 +403,32 @@ def build(cfg, data, device, teacher=None, init=None):
 
 
 def speed_up_small_maps(network):
-    """Replace the usual convolutions of a network by SmallMapConv2d: odd, square, zero padding."""
+    """Make convolutions SmallMapConv2d if their kernels are odd and square and zeros surround the
+    map, so that a stride of 1 keeps its size."""
     for layer in network.modules():
         if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and layer.dilation == (1, 1):
             half = layer.kernel_size[0] // 2
             if layer.kernel_size == (2 * half + 1,) * 2 and layer.padding == (half, half):
-                layer.__class__ = SmallMapConv2d
+                layer.__class__ = SmallMapConv2d            # weights and names stay
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """The same convolution of a map [B, C, S, S], faster on a CPU if its kernel is larger than S.
+    """A convolution that is faster on a CPU if the map x [B, C, H, W] is smaller than the kernel.
 
-    At 32 px, the kernels of the last layers see little but padding. Without AVX-512, torch 2.14
-    spends more than half of a training step on the gradients of their weights."""
+    At 32 px, that is so in the last layers: most of the kernel meets only padding. Without AVX-512,
+    torch 2.14 spends more than half of a training step on the gradients of these weights."""
 
     def forward(self, x):
-        height, size = x.shape[-2:]
+        height, width = x.shape[-2:]
         pad = self.padding[0]
-        if size > 2 * pad or height != size:
+        weight = self.weight
+        if max(height, width) <= min(self.stride):              # one output: the part on the map
+            weight = weight[:, :, pad:pad + height, pad:pad + width]
+        elif self.groups > 1 and width <= 2 * pad:              # padding is faster as a step
+            x = nn.functional.pad(x, [pad] * 4)
+        else:
             return super().forward(x)
-        if size <= self.stride[0]:                  # one output: only this part meets the map
-            weight = self.weight[:, :, pad:pad + size, pad:pad + size]
-            return nn.functional.conv2d(x, weight, self.bias, groups=self.groups)
-        if self.groups > 1:                         # depthwise: padding is faster as a step
-            x = nn.functional.pad(x, (pad, pad, pad, pad))
-            return nn.functional.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
-        return super().forward(x)
+        return nn.functional.conv2d(x, weight, self.bias, self.stride, groups=self.groups)
 
 
 def make_optimizer(method, cfg):
