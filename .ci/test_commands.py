@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -13,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import probe
 import seed
 import train
 from probe import load_data, load_teacher, save_encoder
-from seed import Encoder
+from seed import Encoder, TinyNetwork
 from test_seed import (ARCH, HERE, TINY, draw_all_shapes, make_cfg, refusal, spy,
                        write_images)
 
@@ -309,6 +311,27 @@ def test_the_images_for_readmes_table_are_written(tmp_path):
     found = sorted(str(p.relative_to(tmp_path / "DIR")) for p in (tmp_path / "DIR").rglob("*.png"))
     assert found == [*(f"train/{'cat' if i < 2 else 'dog'}/{n:05d}.png" for i, n in
                        enumerate((0, 2, 1, 3))), "val/cat/00000.png", "val/dog/00001.png"]
+
+
+def test_the_variants_of_the_lab_are_trained(inputs, monkeypatch):
+    """If plain SEED were trained instead, the lab would conclude that the variants are as good."""
+    variants = runpy.run_path(str(HERE / "assets/variants.py"))
+    monkeypatch.setattr(train, "SEED", train.SEED)              # restored afterwards
+    student = TinyNetwork(hidden=8)
+    z_t = F.normalize(torch.randn(4, student.dim), dim=1)
+    regression = variants["Regression"](student, TinyNetwork(hidden=8), queue_size=8)
+    z_s = regression([torch.randn(4, 32)])
+    distance = 2 - 2 * F.cosine_similarity(z_s, z_t).mean()
+    torch.testing.assert_close(regression.loss(z_s, z_t), distance)
+    student_queue = variants["StudentQueue"](student, TinyNetwork(hidden=8), queue_size=8)
+    z_s = student_queue([torch.randn(4, 32)])
+    student_queue.after_step(z_t)
+    assert torch.equal(student_queue.queue.features[:4], z_s) and z_s.requires_grad
+    for name, trained in variants["VARIANTS"].items():
+        variants["main"]([name, *"--teacher teacher.pt --max-steps 1 --subset 48 --batch-size 8 "
+                          "--workers 0 --device cpu".split(), "--out", name])
+        assert train.SEED is trained and Path(name, "encoder.pt").exists()
+    assert "regression or student_queue" in refusal(variants["main"], ["regresion"])
 
 
 def test_seed_py_needs_nothing_but_itself(tmp_path):

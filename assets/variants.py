@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from probe import run_command
-from seed import SEED
+from seed import SEED, InputError
 
 
 class Regression(SEED):
@@ -30,6 +30,15 @@ class StudentQueue(SEED):
         self.queue.enqueue(self.z_s.detach())
 
 
+VARIANTS = dict(regression=Regression, student_queue=StudentQueue)
+
+
+def main(argv):
+    if not argv or argv[0] not in VARIANTS:
+        raise InputError(f"name a variant first: {' or '.join(VARIANTS)}")
+    train.SEED = VARIANTS[argv[0]]
+    train.main(argv[1:])
+
+
 if __name__ == "__main__":                      # a worker process imports this file
-    train.SEED = dict(regression=Regression, student_queue=StudentQueue)[sys.argv[1]]
-    run_command(lambda: train.main(sys.argv[2:]))
+    run_command(lambda: main(sys.argv[1:]))
