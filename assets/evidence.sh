@@ -1,5 +1,5 @@
-# The CIFAR-10 tables of README and RESULTS.md, from an installed checkout.
-#     sh assets/evidence.sh DIR            all of them: an estimated six hours on two CPU cores
+# The tables of README, RESULTS.md and ANSWERS.md, from an installed checkout.
+#     sh assets/evidence.sh DIR            all of them: an estimated eight hours on two CPU cores
 #     sh assets/evidence.sh DIR images     only write the images
 # DIR receives CIFAR-10 as image files, train/CLASS and val/CLASS. The tables were made from JPEG files, so expect small
 # differences. The script was not run in one go: the first part ran as two processes with one thread each.
@@ -31,6 +31,18 @@ $run --method moco --arch mobilenet_v3_large --epochs 32 --eval-every 8 --out ru
 $student $teacher --teacher-cache runs/evidence/cache --queue-size 16 --out runs/evidence/queue-16
 $run --method moco --arch resnet18 --max-steps 1 --lr 1e-9 --out runs/evidence/random
 $student --teacher runs/evidence/random/encoder.pt --out runs/evidence/random-teacher
+
+# Shapes: the default run, and one change at a time (README, RESULTS.md, ANSWERS.md).
+for seed in 0 1 2; do
+    shapes="--arch mobilenet_v3_large --seed $seed"
+    torchrun train.py $shapes --out runs/evidence/shapes-$seed/default
+    for queue in 16 256; do python train.py $shapes --queue-size $queue --out runs/evidence/shapes-$seed/queue-$queue; done
+    for tau_t in 0.0001 0.3; do python train.py $shapes --tau-t $tau_t --out runs/evidence/shapes-$seed/tau_t-$tau_t; done
+    for variant in regression student_queue; do
+        python assets/variants.py $variant $shapes --out runs/evidence/shapes-$seed/$variant
+    done
+    python assets/variants.py student_queue $shapes --tau-t 0.0001 --out runs/evidence/shapes-$seed/both
+done
 
 # RESULTS.md's tables of 10,000 images. (The rows of untrained networks: probe.py random:ARCH.)
 run="$run --subset 10000"
