@@ -37,6 +37,7 @@ def main(argv):
     if not argv or argv[0] not in VARIANTS:
         raise InputError(f"name a variant first: {' or '.join(VARIANTS)}")
     train.SEED = VARIANTS[argv[0]]
+    train.METHODS["seed"] = argv[0].replace("_", " ")           # the name in the table
     train.main(argv[1:])
 
 
