@@ -330,8 +330,8 @@ def test_the_variants_of_the_lab_are_trained(inputs, monkeypatch):
     assert torch.equal(student_queue.queue.features[:4], z_s) and z_s.requires_grad
     for name, trained in variants["VARIANTS"].items():
         variants["main"]([name, *"--teacher teacher.pt --max-steps 1 --subset 48 --batch-size 8 "
-                          "--workers 0 --device cpu".split(), "--out", name])
-        *_, row = json.loads(Path(name, "results.json").read_text())
+                          "--workers 0 --device cpu".split()])
+        *_, row = json.loads(Path("runs", name, "results.json").read_text())
         assert train.SEED is trained and row["name"].endswith(f"by {name.replace('_', ' ')}")
     assert "regression or student_queue" in refusal(variants["main"], ["regresion"])
 

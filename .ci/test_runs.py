@@ -697,8 +697,8 @@ def test_the_file_of_a_short_run_has_usable_features(quick):
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2, 3, 4, (2, 1)])
 def test_the_shortcut_for_small_maps_computes_the_same(stride, kernel, groups):
-    """The shortcut cuts out the wrong part of a kernel, or takes a map for which it is wrong: the
-    network that was trained is then not the one that encoder.pt describes."""
+    """If the shortcut cut out the wrong part of a kernel, or took a map for which it is wrong, the
+    network that is trained would not be the one that encoder.pt describes."""
     usual = nn.Conv2d(8, 8, kernel, stride, padding=kernel // 2, groups=groups)
     faster = copy.deepcopy(usual)
     train.speed_up_small_maps(faster)
@@ -714,12 +714,12 @@ def test_the_shortcut_for_small_maps_computes_the_same(stride, kernel, groups):
 
 
 def test_other_convolutions_stay_as_they_are():
-    """A dilated kernel, a padding of another size or kind, or an even kernel is cut like a usual
-    one: a hub: teacher then computes nonsense."""
+    """If a dilated or even kernel, or another padding, took the shortcut, a teacher of torch.hub
+    would compute nonsense."""
     others = nn.ModuleList([
         nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Conv2d(8, 8, 3),
-        nn.Conv2d(8, 8, 4, padding=2),
-        nn.Conv2d(8, 8, 3, padding="same"), nn.Conv2d(8, 8, (1, 3), padding=(0, 1)),
+        nn.Conv2d(8, 8, 4, padding=2), nn.Conv2d(8, 8, 3, padding="same"),
+        nn.Conv2d(8, 8, (1, 3), padding=(0, 1)),
         nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")])
     train.speed_up_small_maps(others)
     assert {type(layer) for layer in others} == {nn.Conv2d}

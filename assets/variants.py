@@ -1,7 +1,10 @@
-"""Two variants of SEED on real images. The flags are those of train.py; results are in RESULTS.md.
+"""Train by one of two variants of SEED. The other flags are those of train.py.
 
-    python assets/variants.py regression --out runs/regression
-    python assets/variants.py student_queue --out runs/student-queue
+    python assets/variants.py regression
+    python assets/variants.py student_queue
+
+The run is in runs/regression or runs/student_queue, unless --out names another folder. The results
+are in ANSWERS.md.
 """
 import sys
 from pathlib import Path
@@ -36,9 +39,10 @@ VARIANTS = dict(regression=Regression, student_queue=StudentQueue)
 def main(argv):
     if not argv or argv[0] not in VARIANTS:
         raise InputError(f"name a variant first: {' or '.join(VARIANTS)}")
-    train.SEED = VARIANTS[argv[0]]
-    train.METHODS["seed"] = argv[0].replace("_", " ")           # the name in the table
-    train.main(argv[1:])
+    name, *flags = argv
+    train.SEED = VARIANTS[name]
+    train.METHODS["seed"] = name.replace("_", " ")              # in the table
+    train.main(["--out", f"runs/{name}", *flags])               # not the folder of a run of SEED
 
 
 if __name__ == "__main__":                      # a worker process imports this file
