@@ -328,11 +328,14 @@ def test_the_variants_of_the_lab_are_trained(inputs, monkeypatch):
     z_s = student_queue([torch.randn(4, 32)])
     student_queue.after_step(z_t)
     assert torch.equal(student_queue.queue.features[:4], z_s) and z_s.requires_grad
-    for name, trained in variants["VARIANTS"].items():
-        variants["main"]([name, *"--teacher teacher.pt --max-steps 1 --subset 48 --batch-size 8 "
-                          "--workers 0 --device cpu".split()])
+    lab = re.findall(r"^python assets/variants.py (.*)", blocks_of_readme("assets/LAB.md"), re.M)
+    assert {line.split()[0] for line in lab} == set(variants["VARIANTS"])
+    for name, *flags in map(str.split, lab):
+        variants["main"]([name, *flags, *"--teacher teacher.pt --max-steps 1 --subset 48 "
+                          "--batch-size 8 --workers 0 --device cpu".split()])
         *_, row = json.loads(Path("runs", name, "results.json").read_text())
-        assert train.SEED is trained and row["name"].endswith(f"by {name.replace('_', ' ')}")
+        assert row["name"].endswith(f"by {name.replace('_', ' ')}")
+        assert train.SEED is variants["VARIANTS"][name]
     assert "regression or student_queue" in refusal(variants["main"], ["regresion"])
 
 
