@@ -9,8 +9,7 @@ was not trained. kNN lets the ten nearest training images vote for the label of 
 no settings to tune. A linear probe fits one linear layer that predicts labels from features. Its
 learning rate is chosen on held-out *training* images. No choice depends on the test images.
 
-Shapes use the letters of seed.py, and N, M (images in a split) and F (features).
-"""
+Shapes use the letters of seed.py, and N, M (images in a split) and F (features)."""
 import argparse
 import atexit
 import contextlib
@@ -44,10 +43,11 @@ from PIL import ExifTags, Image, PngImagePlugin
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import pad, pil_to_tensor, resize
 
 from seed import Encoder, InputError, augment, crop_box, to_float, torchvision_backbone, uniforms
 
-DATASETS = ("shapes", "cifar10", "cifar100", "imagenet", "folder")
+DATASETS = dict(shapes=32, cifar10=32, cifar100=32, imagenet=224, folder=224)   # pixels per side
 SMALL = 64                      # images of at most this many pixels per side stay decoded in memory
 MEMORY = 2 * 2**30              # if they fit in this many bytes
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif",
@@ -65,8 +65,7 @@ TURNS = dict(zip(range(2, 9), (                # what undoes an EXIF orientation
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90)))
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-                if hasattr(signal, name)]      # Windows lacks two of them
+STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")]
 warnings.filterwarnings("ignore", module="PIL")    # on metadata, from every worker
 Image.MAX_IMAGE_PIXELS = 2**29                 # phones take 200 megapixels
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26          # bytes of a color profile; Pillow allows 2**20
@@ -87,7 +86,6 @@ class Split:
 
     def subset(self, index):
         """Return the images at `index` (int64 array), in that order."""
-        index = np.asarray(index)
         pixels = None if self.pixels is None else self.pixels[index]
         files = None if self.files is None else [self.files[i] for i in index]
         labels = None if self.labels is None else self.labels[index]
@@ -96,8 +94,8 @@ class Split:
 
 @dataclass
 class Data:
-    """A data set. classes: C names, empty without labels; fingerprint: a hash of the labels and the
-    pixels, or the names of images on disk; notes: what was left out."""
+    """A data set. classes: C names, empty if the images have no labels; fingerprint: a hash of the
+    labels and the pixels, or the names of images on disk; notes: what was left out."""
     name: str
     image_size: int
     train: Split
@@ -106,13 +104,8 @@ class Data:
     fingerprint: str = ""
     notes: tuple = ()
 
-    @property
-    def has_labels(self):
-        """Whether both splits have labels, so that an accuracy can be computed."""
-        return self.train.labels is not None and self.test.labels is not None
-
     def __str__(self):
-        labels = f"{len(self.classes)} classes" if self.has_labels else "without labels"
+        labels = f"{len(self.classes)} classes" if self.classes else "without labels"
         place = "on disk" if self.train.pixels is None else "in memory"
         counts = f"{len(self.train):,} training and {len(self.test):,} test images"
         text = f"{self.name}, {counts} of {self.image_size} px {place}, {labels}"
@@ -124,11 +117,10 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
 
     Args: name: one of DATASETS. root: its directory. shapes needs none; CIFAR is downloaded there;
         imagenet is ROOT/train/CLASS and ROOT/val/CLASS; folder is any directory of images, with or
-        without class folders, with or without train/ and val/. image_size: side of the images in
-        pixels; None: 32, or 224 for imagenet and folder. subset: number of training images, chosen
-        by `seed`.
+        without class folders, with or without train/ and val/. image_size: pixels per side; None:
+        as in DATASETS. subset: number of training images, chosen by `seed`.
     Returns: Data. Raises: InputError for a directory that is missing or contains no images."""
-    image_size = image_size or native_size(name)
+    image_size = image_size or DATASETS[name]
     root = Path(root).absolute()
     notes = []
     if name == "shapes":
@@ -150,8 +142,9 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
         if split.files is not None:
             digest.update(os.fsencode("\n".join(paths_below(root, split.files))))
             for file in split.files[::max(1, len(split) // 100)]:
-                if os.path.isfile(file):                        # a named pipe would block
-                    digest.update(Path(file).read_bytes())
+                with contextlib.suppress(OSError):              # `report_unreadable` names it
+                    if os.path.isfile(file):                    # a named pipe would block
+                        digest.update(Path(file).read_bytes())
             if image_size <= SMALL and len(split) * 3 * image_size**2 <= MEMORY:
                 split = decode(split, image_size)
         for values in (split.pixels, split.labels):
@@ -159,11 +152,6 @@ def load_data(name, root="data", image_size=None, subset=None, seed=0):
                 digest.update(values.numpy())
         splits.append(split)
     return Data(name, image_size, *splits, classes, digest.hexdigest()[:12], notes)
-
-
-def native_size(name):
-    """Return the default side of a data set's images in pixels."""
-    return 224 if name in ("imagenet", "folder") else 32
 
 
 def read_cifar(name, root):
@@ -186,11 +174,9 @@ def find_images(name, root):
     if not root.is_dir():
         raise InputError(f"there is no directory {root}; --data names the directory of images")
     top, val = split_folders(root)
-    has_train = top != root
     files, notes = list_files(top)
     if len(files) < 2:
-        raise InputError(f"{len(files) or 'no'} image in {top} (looked for "
-                         f"{', '.join(EXTENSIONS)})")
+        raise InputError(f"{len(files) or 'no'} image in {top} (looked for {' '.join(EXTENSIONS)})")
     folders = class_folders(files, top)
     classes = sorted(set(folders))
     words = {folder.lower().rstrip("0123456789") for folder in classes}     # like COCO's train2017
@@ -199,11 +185,14 @@ def find_images(name, root):
                          "train and val directly into --data")
     if len(classes) < 2 or "" in classes:                       # a single class is no label
         classes = []
-    if name == "imagenet" and not (val and has_train and classes):
+    if top == root and not words.isdisjoint(VAL_NAMES):
+        notes.append("without train/, a folder named like test images is one of the classes")
+    if name == "imagenet" and not (val and classes):
         raise InputError(f"{root} needs train/ and val/, each with one folder per class; otherwise "
                          "use --dataset folder")
-    train = Split(files=files, labels=number_labels(folders, classes))
-    if has_train and val:
+    labels = torch.tensor(np.searchsorted(classes, folders)) if classes else None
+    train = Split(files=files, labels=labels)
+    if val:
         test_files, more_notes = list_files(val)
         if not test_files:
             raise InputError(f"no image in {val}")
@@ -212,8 +201,8 @@ def find_images(name, root):
         if classes and unknown:
             raise InputError(f"{val} has classes that {top} lacks: {', '.join(unknown[:3])}")
         if not classes or "" not in test_folders:
-            test = Split(files=test_files, labels=number_labels(test_folders, classes))
-            return train, test, classes, notes + more_notes
+            labels = torch.tensor(np.searchsorted(classes, test_folders)) if classes else None
+            return train, Split(files=test_files, labels=labels), classes, notes + more_notes
         notes.append(f"{val} has no class folders, so a part of {top} is held out instead")
     held_out = choose_held_out(paths_below(top, files), folders if classes else [""] * len(files))
     if not held_out.any():
@@ -223,9 +212,9 @@ def find_images(name, root):
 
 
 def split_folders(root):
-    """Return the folders of the training images, which may be `root`, and of the test images."""
+    """Return the folders of the training and the test images; without train/, `root` and None."""
     folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
-    val = [folders[name] for name in VAL_NAMES if name in folders]
+    val = [folders[name] for name in VAL_NAMES if name in folders and "train" in folders]
     return folders.get("train", root), val[0] if val else None
 
 
@@ -283,12 +272,9 @@ def list_files(top):
 
 
 def is_image(path):
-    """Return whether Pillow can open a file."""
-    try:
-        with open_image(path):
-            return True
-    except Exception:                                           # a decoder may raise anything
-        return False
+    with contextlib.suppress(Exception), open_image(path):      # a decoder may raise anything
+        return True
+    return False
 
 
 def open_image(path):
@@ -306,13 +292,6 @@ def paths_below(top, files):
 def class_folders(files, top):
     """Return the name of each file's folder directly below `top`, or "" if it is in none."""
     return [path.rpartition(os.sep)[0].split(os.sep)[0] for path in paths_below(top, files)]
-
-
-def number_labels(folders, classes):
-    """Return class indices, int64 [N], or None without classes or if an image is in none."""
-    if not classes or "" in folders:
-        return None
-    return torch.tensor(np.searchsorted(classes, folders))
 
 
 def read_crops(path, sizes, choose_boxes):
@@ -343,8 +322,7 @@ def read_crops(path, sizes, choose_boxes):
             for size, (top, left, h, w) in zip(sizes, boxes):
                 corners = (left * scale_x, top * scale_y, (left + w) * scale_x, (top + h) * scale_y)
                 crop = image.resize((size, size), Image.Resampling.BILINEAR, box=corners)
-                pixels = np.array([np.asarray(channel) for channel in crop.split()])
-                crops.append(torch.from_numpy(pixels))          # [3, size, size]
+                crops.append(pil_to_tensor(crop))               # [3, size, size]
     except Exception as e:                                      # a decoder may raise anything
         if isinstance(e, MemoryError) or getattr(e, "errno", None) in NOT_THE_IMAGE:
             raise                                               # the image is not the reason
@@ -354,10 +332,9 @@ def read_crops(path, sizes, choose_boxes):
 
 def orientation(image):
     """Return the EXIF orientation, 1 to 8; 1 if it is absent, damaged, or applied by Pillow."""
-    try:
-        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:                                           # the pixels may be fine
-        return 1
+    turn = 1
+    with contextlib.suppress(Exception):                        # the pixels may be fine
+        turn = image.getexif().get(ExifTags.Base.Orientation)
     return turn if turn in TURNS and image.format != "TIFF" else 1
 
 
@@ -377,8 +354,7 @@ class Crops(Dataset):
     """Crops of image files, for a DataLoader. Item (epoch, index) is a list of uint8 [3, S, S], one
     for each view, and "". If the image cannot be read, they are gray crops and the file's path.
 
-    views: side and crop scale of each; a scale of None means the test view. The boxes depend only
-    on (seed, epoch, index) and the view's number."""
+    views: side and crop scale of each, which is None for the test view."""
 
     def __init__(self, files, views, seed=0):
         self.files = np.array([os.fsencode(file) for file in files])    # one block for all workers
@@ -413,10 +389,9 @@ def report_unreadable(files, known, total):
     if len(known) > max(1, total // 100) or len(known) == total:
         raise InputError(f"{len(known)} of {total:,} images cannot be read, such as "
                          f"{', '.join(sorted(known)[:3])}; replace or remove them")
-    new = sorted(known - UNREADABLE)
-    UNREADABLE.update(new)
-    for file in new:
+    for file in sorted(known - UNREADABLE):
         print0(f"note: the image {file} cannot be read; a gray one takes its place")
+    UNREADABLE.update(known)
 
 
 def decode(split, size):
@@ -465,11 +440,10 @@ def draw_shapes(n, split):
     y, x = torch.meshgrid(grid, grid, indexing="ij")            # [32, 32]
     radius = 0.75 + 0.2 * u[:, 0]                               # [N, 1, 1]
     angle = 1.2 * (u[:, 1] - 0.5)
-    x = (x - (1 - radius) * (2 * u[:, 2] - 1)) / radius         # [N, 32, 32], the shape's own axes
-    y = (y - (1 - radius) * (2 * u[:, 3] - 1)) / radius
-    turned_x = angle.cos() * x + angle.sin() * y
-    turned_y = angle.cos() * y - angle.sin() * x
-    x, y = turned_x, turned_y
+    moved_x = (x - (1 - radius) * (2 * u[:, 2] - 1)) / radius   # [N, 32, 32]
+    moved_y = (y - (1 - radius) * (2 * u[:, 3] - 1)) / radius
+    x = angle.cos() * moved_x + angle.sin() * moved_y           # along the shape's own axes
+    y = angle.cos() * moved_y - angle.sin() * moved_x
     r = (x * x + y * y).sqrt()
 
     bar = torch.minimum(0.3 - x.abs(), 0.95 - y.abs())
@@ -487,12 +461,12 @@ def draw_shapes(n, split):
     checks = 2 * stripes * (pitch * y + phase).sin()
     circles = (pitch * r + phase).sin()
     wave = torch.stack([torch.ones_like(x), stripes, checks, circles])[texture, image]
-    first_color = u[:, 6:9, 0]                                  # [N, 3, 1]
+    first_color = u[:, 6:9]                                     # [N, 3, 1, 1]
     second_color = (first_color + 0.5) % 1                      # always different from the first
-    background = u[:, 9:12, 0]
+    background = u[:, 9:12]
     share = (2 * wave + 0.5).clamp(0, 1)[:, None]               # [N, 1, 32, 32]
-    shape = torch.lerp(second_color[..., None], first_color[..., None], share)     # [N, 3, 32, 32]
-    pixels = torch.lerp(background[..., None], shape, inside)
+    shape = torch.lerp(second_color, first_color, share)        # [N, 3, 32, 32]
+    pixels = torch.lerp(background, shape, inside)
     return Split(pixels=(255 * pixels).round().to(torch.uint8), labels=labels)
 
 
@@ -501,15 +475,14 @@ def draw_shapes(n, split):
 # has all of its keys, and its head is in the place of the classifier or beside the backbone. Every
 # missing key is an error, and every key that is neither part of them nor in UNUSED. If a file has
 # several complete networks, the first line here that fits exactly one of them decides:
-PREFERRED = ("encoder_q.", "base_encoder.", "student.",     # MoCo v1 and v2; v3; the SEED authors
+PREFERRED = ("encoder_q.", "base_encoder.", "module.student.",  # MoCo v1 and v2; v3; SEED's authors
              "teacher.backbone.", "teacher.module.backbone.",       # DINO
              "encoder.backbone.", "backbone.", "")  # our last.pt; lightly, solo-learn; a single one
-UNUSED = ("encoder_k", "key_encoder", "momentum", "queue", "prototypes", "predict", "optim",
-          "class_vectors", "method.classifier.", "memory_bank", "head.mlp.", "last_layer.",
-          "dino_loss", "callbacks.")
+UNUSED = re.compile(r"encoder_k|key_encoder|momentum|queue|prototypes|predict|optim|dino_loss|"
+                    r"criterion\.|class_vectors|memory_bank|method\.classifier\.|head\.mlp\.|"
+                    r"last_layer\.|callbacks\.")
 RESNET_KEYS = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
-RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3",
-                   "7": "layer4"}       # nn.Sequential(*resnet.children()), as in lightly
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 def load_teacher(path_or_url, arch=None, prefix=None, mean=None, std=None):
@@ -527,14 +500,16 @@ def load_teacher(path_or_url, arch=None, prefix=None, mean=None, std=None):
         heads are trained without labels), otherwise None.
     Raises: InputError for a file that is missing, damaged, unknown, or does not fit the network."""
     path = str(path_or_url)
-    pixels = {key: value for key, value in dict(mean=mean, std=std).items() if value}
+    pixels = {name: x for name, x in dict(mean=mean, std=std).items() if x is not None}
     if path.startswith("hub:"):
         return load_from_hub(path, pixels)
     file = read_checkpoint(path)
     tensors = name_children(flatten(file))
     arch = network_name(arch, file, path)
     prefix, others = find_backbone(tensors, arch, prefix, path)
-    arch = arch or resnet_name(tensors, prefix)
+    if arch is None:                                        # a ResNet's name counts its layers
+        convolution = re.compile(re.escape(prefix) + r"layer.*conv[123]\.weight")
+        arch = f"resnet{2 + len([key for key in tensors if convolution.fullmatch(key)])}"
     teacher = new_teacher(file, arch, tensors.get(f"{prefix}conv1.weight"), pixels, path)
     backbone, head, head_name = sort_weights(tensors, prefix, others, teacher, path)
     fill(teacher, backbone, head, path)
@@ -543,8 +518,7 @@ def load_teacher(path_or_url, arch=None, prefix=None, mean=None, std=None):
     made = file.get("provenance", f"weights under '{prefix}', {known}")
     total = len(teacher.backbone.state_dict())
     teacher.provenance = f"{teacher.arch}, {made}, matched {total} backbone keys"
-    published = False if head and "format" not in file else None
-    teacher.used_labels = file.get("used_labels", published)
+    teacher.used_labels = file.get("used_labels", False if head else None)
     teacher.multi_crop = any("prototypes" in name for name in tensors)
     return teacher.eval().requires_grad_(False)
 
@@ -552,15 +526,12 @@ def load_teacher(path_or_url, arch=None, prefix=None, mean=None, std=None):
 def new_teacher(file, arch, stem, pixels, path):
     """Return an Encoder with the options of an encoder.pt, or read off the first convolution of a
     ResNet: SwAV's and VICReg's may be wider, and CIFAR's have a stem for small images."""
-    options = dict(dim=None)
-    is_stem = stem is not None and stem.ndim == 4
-    if is_stem:
-        options["small_images"] = stem.shape[2:] == (3, 3)
     try:
+        options = dict(dim=None, small_images=stem is not None and stem.shape[2:] == (3, 3))
         if file.get("format") == "seed-encoder":
             names = ("dim", "hidden_dim", "small_images", "image_size", "mean", "std")
             options = {name: file[name] for name in names}
-        factor = len(stem) // 64 if is_stem and re.fullmatch(r"resnet\d+", arch) else 1
+        factor = 1 if stem is None else len(stem) // 64
         if 2 <= factor <= 9:
             options["backbone"] = wide_resnet(arch, factor)
             arch = f"{arch}w{factor}"
@@ -569,7 +540,6 @@ def new_teacher(file, arch, stem, pixels, path):
         raise InputError(f"{path} is not a complete encoder.pt; save it again") from None
     if not (teacher.std > 0).all():
         raise InputError(f"{path}: the pixels' standard deviations, std, must be above 0")
-    teacher.last_layer = teacher.last_layer or "fc"
     return teacher
 
 
@@ -618,22 +588,19 @@ def flatten(value, name=""):
 
 
 def name_children(tensors):
-    """Rename the numbered children of a ResNet, as in RESNET_CHILDREN."""
+    """Name the numbered children of nn.Sequential(*resnet.children()), as in lightly's files."""
     block = "4.0.conv1.weight"
     prefixes = [name.removesuffix(block) for name in tensors if f".{name}".endswith(f".{block}")]
-    renamed = {}
-    for name, value in tensors.items():
-        for prefix in prefixes:
+    for prefix in prefixes:
+        for name in [name for name in tensors if name.startswith(prefix)]:
             child, _, rest = name.removeprefix(prefix).partition(".")
-            if name.startswith(prefix) and child in RESNET_CHILDREN:
-                name = f"{prefix}{RESNET_CHILDREN[child]}.{rest}"
-        renamed[name] = value
-    return renamed
+            if child in CHILDREN:
+                tensors[f"{prefix}{CHILDREN[child]}.{rest}"] = tensors.pop(name)
+    return tensors
 
 
 def network_name(arch, file, path):
-    """Return the given name of a network, or the one in a checkpoint, or None. Raise InputError if
-    the file has one that torchvision does not know."""
+    """Return the network's name, given or in the file, or None. InputError if it is unknown."""
     found = arch or file.get("arch", getattr(file.get("args"), "arch", None))
     if not isinstance(found, str):
         return None
@@ -642,12 +609,6 @@ def network_name(arch, file, path):
         raise InputError(f"{path} is a {found}, which torchvision does not have. If one of its "
                          "networks computes the same, --teacher-arch (probe.py: --arch) names it")
     return name
-
-
-def resnet_name(tensors, prefix):
-    """Return the ResNet of these weights. The number in its name counts the layers."""
-    convolution = re.compile(re.escape(prefix) + r"layer.*conv[123]\.weight")
-    return f"resnet{2 + len([key for key in tensors if convolution.fullmatch(key)])}"
 
 
 def find_backbone(tensors, arch, prefix, path):
@@ -660,9 +621,9 @@ def find_backbone(tensors, arch, prefix, path):
     for key in keys:
         counts.update(name.removesuffix(key) for name in tensors if name.endswith(key))
     whole = [found for found in counts if counts[found] == len(keys)]
-    candidates = [found for found in whole if found == prefix]
+    candidates = [found for found in whole if prefix in (found, found[:-1])]
     if prefix is None:
-        candidates = [found for found in whole if not unused_words(found)]
+        candidates = [found for found in whole if not UNUSED.search(found)]
     for end in PREFERRED:
         chosen = [found for found in candidates if f".{found}".endswith(f".{end}")]
         if len(chosen) == 1:
@@ -678,11 +639,6 @@ def find_backbone(tensors, arch, prefix, path):
                      "--teacher-arch (probe.py: --arch) names another network")
 
 
-def unused_words(name):
-    """Return the words of UNUSED in a key."""
-    return [word for word in UNUSED if word in name]
-
-
 def sort_weights(tensors, prefix, others, teacher, path):
     """Return the backbone's weights, the head's, and the head's prefix.
 
@@ -692,7 +648,7 @@ def sort_weights(tensors, prefix, others, teacher, path):
     layer = re.compile(rf"(|.*?\.)(\d+\.)?({ends})")        # the head, a layer's number, a tensor
     own = teacher.backbone.state_dict()
     children = dict(teacher.backbone.named_children())
-    classifier = f"{prefix}{teacher.last_layer}."
+    classifier = f"{prefix}{teacher.last_layer or 'fc'}."
     beside = prefix[:prefix.rstrip(".").rfind(".") + 1]                 # without its last word
     backbone = {}
     heads = {}
@@ -706,17 +662,21 @@ def sort_weights(tensors, prefix, others, teacher, path):
             backbone[key] = value
         elif name.startswith((*others, f"{beside}bn.")):
             continue
-        elif unused_words(name) != unused_words(prefix):
+        elif UNUSED.findall(name) != UNUSED.findall(prefix):
             continue
         elif match and match[1].startswith(beside) and not is_part:
             heads.setdefault(match[1], {})[name.removeprefix(match[1])] = value
-        elif is_inside or value.numel() > 1:    # a single number is a loss or an accuracy
-            unknown.append(name)
+        elif is_inside or (value.numel() > 1 and value.is_floating_point()):
+            unknown.append(name)                # but not an accuracy or a random state
+    stems = [network.rpartition("backbone")[0] for network in (prefix, *others)]
+    dino = [name.rpartition("last_layer.")[0] for name in tensors if "head.last_layer." in name]
     for group, head in list(heads.items()):     # a single Linear is a classifier, except in MoCo v1
         shapes = [value.shape[1:] for value in head.values() if value.ndim > 1]
         is_projection = "proj" in group.removeprefix(prefix).removeprefix(beside)
         is_projection |= bool(re.search("encoder_[qk]", prefix)) or teacher.hidden_dim == 0
-        if shapes == [(teacher.feature_dim,)] and not is_projection:
+        is_classifier = shapes == [(teacher.feature_dim,)] and not is_projection
+        owner = max([stem for stem in stems if group.startswith(stem)], key=len, default=stems[0])
+        if is_classifier or owner != stems[0] or group.startswith(tuple(dino)):
             del heads[group]
     if unknown or len(heads) > 1:
         names = ", ".join((unknown or list(heads))[:3])
@@ -791,9 +751,7 @@ class StandIn(list):
             self.__dict__.update(state)
 
 
-class DictStandIn:
-    """The same for a kind of dict, which may contain weights."""
-
+class DictStandIn:              # the same for a kind of dict, which may contain weights
     def __new__(cls, *args):
         return OrderedDict()
 
@@ -830,20 +788,21 @@ def load_without_objects(path):
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
-            found = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(e))
+            refused = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(e))
+            is_dict = re.search(r"Can only SETITEMS? for .*<class '\w+\.([\w.]+)'>", str(e))
+            found = refused or is_dict
             name = found[1] if found else ""
             name = name if "." in name else f"builtins.{name}"
-            if not found or name in stand_ins:
+            if not found or (refused and name in stand_ins):
                 raise
-            stand_ins[name] = DictStandIn if "dict" in name.lower() else StandIn
+            stand_ins[name] = DictStandIn if is_dict else type(name, (StandIn,), {})
 
 
 def download(url):
     """Return the file at a URL, kept in torch's hub folder. A signature after "?" is not kept."""
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    parts = urlsplit(url)
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-    path = os.path.join(folder, f"{digest}-{os.path.basename(parts.path)}")
+    path = os.path.join(folder, f"{digest}-{os.path.basename(urlsplit(url).path)}")
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         torch.hub.download_url_to_file(url, path)
@@ -870,6 +829,8 @@ def why_unreadable(path, error):
             return "it is a web page; download the file again"
         if start.startswith(b"version https://git-lfs"):
             return "it only points to a file; fetch that with git lfs pull"
+    if "persistent_load" in str(error):
+        return "it contains a whole network as an object; save its state_dict()"
     if "TorchScript" in str(error):
         return "it is a torchscript program; save only the weights of its network"
     reason = first_line(error)
@@ -885,12 +846,11 @@ def first_line(error):
 
 def describe(encoder, provenance, used_labels):
     """Return what `load_teacher` needs to know about an Encoder besides its weights: a dict."""
-    file = dict(format="seed-encoder", provenance=provenance, used_labels=used_labels,
+    return dict(format="seed-encoder", provenance=provenance, used_labels=used_labels,
+                arch=encoder.arch, hidden_dim=encoder.hidden_dim, image_size=encoder.image_size,
                 dim=None if isinstance(encoder.head, nn.Identity) else encoder.dim,
-                mean=encoder.mean.flatten().tolist(), std=encoder.std.flatten().tolist())
-    for name in ("arch", "hidden_dim", "small_images", "image_size"):
-        file[name] = getattr(encoder, name)
-    return file
+                small_images=encoder.small_images, mean=encoder.mean.flatten().tolist(),
+                std=encoder.std.flatten().tolist())
 
 
 def save_encoder(path, encoder, provenance, used_labels):
@@ -921,31 +881,20 @@ def replace_file(path):
         free = shutil.disk_usage(folder).free
         raise OSError(f"cannot write {path}: {first_line(e)}; {free:,} bytes are free") from None
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def save_file(path, content):
-    """Write with torch.save through `replace_file`."""
     with replace_file(path) as file:
         torch.save(content, file)
 
 
 def save_json(path, content):
-    """Write numbers and text as JSON."""
     with replace_file(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 # ------------------------------------------------------------------------------------ 3. features
-def resize(pixels, size):
-    """Return uint8 [B, 3, H, W] as float in 0..1, [B, 3, size, size]. Nothing is cropped."""
-    images = to_float(pixels)
-    if images.shape[2:] == (size, size):
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
-
 def read_images(split, views, items, device, workers, seed=0):
     """Yield each batch as a list with its images for each view, uint8 [B, 3, H, W], on the device.
     Images in memory are whole; those on disk are `Crops`.
@@ -964,15 +913,17 @@ def read_images(split, views, items, device, workers, seed=0):
         yield [crop.to(device, non_blocking=True) for crop in crops]
 
 
-def center_views(split, size, device, workers, batch_size=None):
-    """Yield the test views of a split in order, float [B, 3, size, size] in 0..1, on the device:
-    decoded images as they are, and the `center_box` of images on disk."""
+def center_views(split, size, device="cpu", workers=0, batch_size=None, index=None):
+    """Yield the test views of the images at `index`, or of all, float [B, 3, size, size] in 0..1,
+    on the device: decoded images as they are, and the `center_box` of images on disk."""
     device = torch.device(device)
+    index = torch.arange(len(split)) if index is None else torch.as_tensor(index)
     if batch_size is None:                                      # a larger batch is slower on a CPU
         batch_size = 32 if device.type == "cpu" and size > SMALL else 256
-    items = [[(0, i) for i in part.tolist()] for part in torch.arange(len(split)).split(batch_size)]
+    items = [[(0, i) for i in part.tolist()] for part in index.split(batch_size)]
     for [images] in read_images(split, [(size, None)], items, device, workers):
-        yield resize(images, size).contiguous(memory_format=torch.channels_last)
+        images = resize(to_float(images), [size, size])         # nothing is cropped
+        yield images.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -1015,9 +966,8 @@ def nearest_neighbors(queries, bank, k=10):
     """Return the cosine similarities [M, k] and indices [M, k] of the k rows of `bank` [N, F] that
     are most similar to each of the queries [M, F]."""
     bank = F.normalize(bank, dim=1).T
-    k = min(k, bank.shape[1])
     parts = F.normalize(queries, dim=1).split(128)              # [128, N] similarities at a time
-    found = [(part @ bank).topk(k, dim=1) for part in parts]
+    found = [(part @ bank).topk(min(k, bank.shape[1]), dim=1) for part in parts]
     return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
 
 
@@ -1027,39 +977,39 @@ def knn(train_x, train_y, test_x, test_y, k=10):
     similarities, indices = nearest_neighbors(test_x, train_x, k)
     votes = torch.zeros(len(test_x), int(train_y.max()) + 1, device=test_x.device)
     votes.scatter_add_(1, train_y[indices], similarities.clamp(min=1e-9))      # [M, C]
-    return 100 * (votes.argmax(1) == test_y).float().mean().item()
+    return accuracy(votes, test_y)
 
 
 def fit_linear(x, y, classes, rates, epochs=100, batch_size=256):
-    """Return linear layers that predict y [N] from x [N, F], one for each learning rate.
+    """Return a Linear that predicts y [N] from x [N, F] R times: C outputs for each learning rate.
 
     As in the authors' probe: SGD, momentum 0.9, no weight decay, 100 epochs, and a tenth of the
-    learning rate after 60 and again after 80."""
-    layers = [nn.Linear(x.shape[1], classes).to(x.device) for _ in rates]
-    for layer in layers:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    groups = [dict(params=layer.parameters(), lr=rate) for layer, rate in zip(layers, rates)]
-    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    learning rate after 60 and again after 80. Without weight decay, a factor of the loss acts like
+    a factor of the learning rate, so all R classifiers fit into one fast layer."""
+    layer = nn.Linear(x.shape[1], len(rates) * classes).to(x.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    factors = torch.tensor(rates, device=x.device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, momentum=0.9)
     milestones = [round(0.6 * epochs), round(0.8 * epochs)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     for epoch in range(epochs):
         order = torch.from_numpy(np.random.default_rng(epoch).permutation(len(x)))
         for batch in order.to(x.device).split(batch_size):
-            batch_x = x[batch]
-            batch_y = y[batch]
-            loss = sum(F.cross_entropy(layer(batch_x), batch_y) for layer in layers)
+            logits = layer(x[batch]).view(-1, classes)                          # [B*R, C]
+            labels = y[batch].repeat_interleave(len(rates))                     # [B*R]
+            losses = F.cross_entropy(logits, labels, reduction="none").view(-1, len(rates))
+            loss = losses.mean(dim=0) @ factors
             optimizer.zero_grad()
-            loss.backward()                                     # each layer gets its own gradient
+            loss.backward()
             optimizer.step()
         schedule.step()
-    return layers
+    return layer
 
 
-@torch.no_grad()
-def accuracy(layer, x, y):
-    """Return the percentage of rows of x [M, F] for which the layer predicts the label y [M]."""
-    return 100 * (layer(x).argmax(1) == y).float().mean().item()
+def accuracy(scores, y):
+    """Return the percentage of rows of scores [M, C] that are highest at the label y [M]."""
+    return 100 * (scores.argmax(1) == y).float().mean().item()
 
 
 def linear_probe(train_x, train_y, test_x, test_y, rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)):
@@ -1067,8 +1017,7 @@ def linear_probe(train_x, train_y, test_x, test_y, rates=(0.001, 0.003, 0.01, 0.
     rate. Arguments as for `knn`.
 
     The learning rate is chosen on a held-out tenth of the *training* images. Then all of them are
-    used, and the last epoch counts. Features are standardized, so the same rates suit every
-    network."""
+    used. Features are standardized, so the same rates suit every network."""
     mean = train_x.mean(0)
     std = train_x.std(0, correction=0)
     std = std.clamp(min=1e-5 * std.max().item() + 1e-30)        # a constant feature stays at 0
@@ -1077,11 +1026,12 @@ def linear_probe(train_x, train_y, test_x, test_y, rates=(0.001, 0.003, 0.01, 0.
     classes = int(train_y.max()) + 1
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train_x))).to(train_x.device)
     held_out, rest = order.tensor_split([max(1, len(order) // 10)])
-    layers = fit_linear(train_x[rest], train_y[rest], classes, rates)
-    found = [accuracy(layer, train_x[held_out], train_y[held_out]) for layer in layers]
+    layer = fit_linear(train_x[rest], train_y[rest], classes, rates)
+    logits = layer(train_x[held_out]).view(-1, len(rates), classes)            # [H, R, C]
+    found = [accuracy(part, train_y[held_out]) for part in logits.unbind(dim=1)]
     rate = rates[int(np.argmax(found))]
-    [layer] = fit_linear(train_x, train_y, classes, [rate])
-    return accuracy(layer, test_x, test_y), rate
+    layer = fit_linear(train_x, train_y, classes, [rate])
+    return accuracy(layer(test_x), test_y), rate
 
 
 def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
@@ -1096,13 +1046,12 @@ def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
             splits[i].total = len(split)
     features = [extract_features(encoder, split, device, workers) for split in splits]
     scores = dict(knn=None, linear=None, rate=None)
-    if data.has_labels:
+    if data.classes:
         train_x, test_x = [x.to(device) for x in features]
         train_y, test_y = [split.labels.to(device) for split in splits]
         scores["knn"] = knn(train_x, train_y, test_x, test_y)
         if linear:
-            found = linear_probe(train_x, train_y, test_x, test_y)
-            scores["linear"], scores["rate"] = found
+            scores["linear"], scores["rate"] = linear_probe(train_x, train_y, test_x, test_y)
     return scores, (*splits, features)
 
 
@@ -1110,39 +1059,24 @@ def evaluate(encoder, data, device="cpu", workers=0, limit=None, linear=True):
 FRAMES = dict(white=(1.0, 1.0, 1.0), green=(0.1, 0.7, 0.2), red=(0.85, 0.2, 0.15))
 
 
-def save_grid(path, rows, frames=None):
-    """Write rows (lists of float [3, S, S] in 0..1) as one image. `frames` has a color for each."""
-    side = rows[0][0].shape[1]
-    zoom = max(1, 96 // side)
-    tiles = []
-    for i, row in enumerate(rows):
-        for j, tile in enumerate(row):
-            color = FRAMES[frames[i][j] if frames else "white"]
-            framed = torch.tensor(color)[:, None, None].repeat(1, side * zoom + 8, side * zoom + 8)
-            framed[:, 4:-4, 4:-4] = tile.cpu().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-            tiles.append(framed)
+def save_grid(path, images, columns, frames=None):
+    """Write images, float [N, 3, S, S] in 0..1, row by row. `frames` has N colors of FRAMES."""
+    images = F.interpolate(images.cpu(), scale_factor=max(1, 96 // images.shape[2]))
+    colors = [FRAMES[name] for name in frames or ["white"] * len(images)]
+    tiles = [pad(image, 4, fill=color) for image, color in zip(images, colors)]
     with replace_file(path) as file:
-        torchvision.utils.save_image(tiles, file, "png", nrow=len(rows[0]), padding=2, pad_value=1)
-
-
-def center_image(split, index, size):
-    """Return the test view of one image, float [3, size, size] in 0..1."""
-    if split.pixels is not None:
-        return resize(split.pixels[index:index + 1], size)[0]
-    [crop], _ = Crops(split.files, [(size, None)])[0, index]
-    return to_float(crop)
+        torchvision.utils.save_image(tiles, file, "png", nrow=columns, padding=2, pad_value=1)
 
 
 def save_views(path, data, cfg, columns=8, count=6):
     """Write what augmentation does with a run's settings: rows of an image, then views of it."""
-    rows = []
-    for index in range(min(count, len(data.train))):
-        image = center_image(data.train, index, data.image_size)
-        u = torch.cat([uniforms(cfg.seed, epoch, [index]) for epoch in range(columns - 1)])
-        images = image.expand(columns - 1, -1, -1, -1)
-        views = augment(images, u, data.image_size, cfg.crop_scale, cfg.blur, cfg.color)
-        rows.append([image, *views])
-    save_grid(path, rows)
+    index = range(min(count, len(data.train)))
+    [images] = center_views(data.train, data.image_size, index=index)
+    shown = [images]
+    for epoch in range(columns - 1):
+        u = uniforms(cfg.seed, epoch, index)
+        shown.append(augment(images, u, data.image_size, cfg.crop_scale, cfg.blur, cfg.color))
+    save_grid(path, torch.stack(shown, dim=1).flatten(0, 1), columns)
 
 
 def save_neighbors(path, train, test, features, size, count=6, k=7):
@@ -1150,18 +1084,18 @@ def save_neighbors(path, train, test, features, size, count=6, k=7):
     `features` (training, test). Frames are green for the same label and red for another one."""
     queries = np.random.default_rng(0).permutation(len(test))[:count]
     nearest = [nearest_neighbors(test_x[queries], train_x, k)[1] for train_x, test_x in features]
-    rows = []
+    images = []
     frames = []
     for i, query in enumerate(queries.tolist()):
         for near in nearest:
-            images = [center_image(train, index, size) for index in near[i].tolist()]
-            rows.append([center_image(test, query, size), *images])
-            colors = ["white"] * len(images)
+            images += center_views(test, size, index=[query])
+            images += center_views(train, size, index=near[i])
+            colors = ["white"] * len(near[i])
             if train.labels is not None and test.labels is not None:
                 same = train.labels[near[i]] == test.labels[query]
                 colors = ["green" if hit else "red" for hit in same]
-            frames.append(["white", *colors])
-    save_grid(path, rows, frames)
+            frames += ["white", *colors]
+    save_grid(path, torch.cat(images), 1 + len(near[i]), frames)
 
 
 # --------------------------------------------------------------------------------- 5. the command
@@ -1181,8 +1115,10 @@ def print0(*words):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+LABEL_USE = {True: "WITH the labels of the training images", False: "without labels",
+             None: "labels unknown"}            # in words, for Encoder.used_labels
 REASONS = {                     # what PyTorch's errors mean, if they are not bugs
-    r"DataLoader worker \(pid|shared memory|/torch_": "a DataLoader worker was killed; if shared "
+    r"DataLoader worker \(pid|shared memory|</torch_": "a DataLoader worker was killed; if shared "
     "memory (/dev/shm) is small, as in Docker, enlarge it (--shm-size 8g), or use --workers 0",
     "Too many open files": "raise the limit of open files (ulimit -n 65536) or lower --workers",
     "out of memory|llocate|ALLOC_FAILED|MemoryError": "out of memory; lower --batch-size, "
@@ -1232,11 +1168,6 @@ def number(kind, least, most):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are InputErrors."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
@@ -1284,17 +1215,17 @@ def make_folder(path):
 
 
 def check_out(out, dataset, data):
-    """Raise InputError if the folder `out` cannot be written, or if a picture in it would become an
-    image of the data."""
+    """Raise InputError if `out` cannot be written, or if images in it would be among the data."""
     folder = Path(out).resolve()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"cannot make the folder {out}; use another --out")
-    root = Path(data).resolve()
+    root = Path(data)
     tops = [root]
     if root.is_dir() and split_folders(root)[0] != root:
-        tops = [*split_folders(root), *[root / name for name in VAL_NAMES]]
-    if dataset in ("folder", "imagenet") and {folder, *folder.parents} & set(tops):
+        tops = [*filter(None, split_folders(root)), *[root / name for name in VAL_NAMES]]
+    tops = {top.resolve() for top in tops}
+    if dataset in ("folder", "imagenet") and {folder, *folder.parents} & tops:
         raise InputError(f"{out} is among the images of {data}; use another --out")
 
 
@@ -1313,20 +1244,7 @@ def label_fraction(split, fraction, seed):
     return split.subset(np.sort(np.concatenate(chosen)))
 
 
-def label_use(used_labels):
-    """Return in words whether labels were used to train an encoder."""
-    words = {True: "WITH the labels of the training images", False: "without labels"}
-    return words.get(used_labels, "labels unknown")
-
-
-def any_labels(answers):
-    """Return whether any answer is True; None if that is unknown."""
-    unknown = None if None in answers else False
-    return True if True in answers else unknown
-
-
 def parse_args(argv=None):
-    """Return the flags of probe.py."""
     parser = Parser(description="kNN and a linear probe of an encoder's frozen features.")
     flag = parser.add_argument
     flag("encoder", type=expanduser, help="what load_teacher reads, or random:ARCH")
@@ -1341,15 +1259,14 @@ def parse_args(argv=None):
 
 
 def load_encoder(args):
-    """Return the encoder that the command line names."""
     if not args.encoder.startswith("random:"):
         encoder = load_teacher(args.encoder, args.arch, args.prefix, args.mean, args.std)
         encoder.image_size = args.image_size or encoder.image_size
         encoder.check_image_size(encoder.image_size)
         return encoder
     torch.manual_seed(args.seed)
-    size = args.image_size or native_size(args.dataset)
     arch = args.encoder.removeprefix("random:")
+    size = args.image_size or DATASETS[args.dataset]
     return Encoder(arch, small_images=bool(args.small_images), image_size=size)
 
 
@@ -1362,13 +1279,13 @@ def main(argv=None):
     if args.encoder.startswith("random:"):
         encoder = average_batch_norm(encoder, data.train, args.workers)
     data.train = label_fraction(data.train, args.label_fraction, args.seed)
-    print0(f"{encoder.provenance}, {label_use(encoder.used_labels)}\n{data}")
+    print0(f"{encoder.provenance}, {LABEL_USE[encoder.used_labels]}\n{data}")
     out = Path(args.encoder).parent if os.path.exists(args.encoder) else Path(".")
     out = Path(args.out or out)
     check_out(out, args.dataset, args.data)
     make_folder(out)
     scores, (train, test, features) = evaluate(encoder, data, device, args.workers)
-    if data.has_labels:
+    if data.classes:
         print0(f"kNN {scores['knn']:.1f}%   linear probe {scores['linear']:.1f}%")
     else:
         print0("no labels, so no accuracy")

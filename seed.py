@@ -170,7 +170,7 @@ class FeatureQueue(nn.Module):
         size, dim = self.features.shape
         if z.ndim != 2 or z.shape[1] != dim:
             raise ValueError(f"the queue holds embeddings [B, {dim}], got {list(z.shape)}")
-        z = concat_all_gather(z.float())                                # [R*B, D]
+        z = concat_all_gather(z.to(self.features.dtype))                # [R*B, D]
         slots = (self.seen + torch.arange(len(z), device=z.device)) % size     # [R*B], wraps around
         self.features[slots[-size:]] = z[-size:]                        # if R*B > K, the last K
         self.seen += len(z)
@@ -355,8 +355,8 @@ class Encoder(nn.Module):
 
 
 def to_float(images):
-    """Convert uint8 in 0..255, or floats in 0..1, to float32 in 0..1."""
-    return images / 255 if images.dtype == torch.uint8 else images.float()
+    """Convert integers in 0..255, or floats in 0..1, to float32 in 0..1."""
+    return images.float() if images.is_floating_point() else images / 255
 
 
 def torchvision_backbone(arch):

@@ -19,7 +19,6 @@ import platform
 import signal
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -31,20 +30,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
-from probe import (SMALL, STOP_SIGNALS, Parser, accuracy, add_data_flags, any_labels,
-                   average_batch_norm, check_out, describe, evaluate, extract_features, first_line,
-                   is_main_process, label_fraction, label_use, load_data, load_teacher, make_folder,
-                   number, pick_device, print0, read_checkpoint, read_images,
-                   run_command, save_encoder, save_file, save_json, save_neighbors, save_views,
-                   without_secrets)
+from probe import (LABEL_USE, SMALL, STOP_SIGNALS, Parser, accuracy, add_data_flags,
+                   average_batch_norm, center_views, check_out, describe, evaluate,
+                   extract_features, first_line, is_main_process, label_fraction, load_data,
+                   load_teacher, make_folder, number, pick_device, print0, read_checkpoint,
+                   read_images, run_command, save_encoder, save_file, save_json, save_neighbors,
+                   save_views, without_secrets)
 from seed import (SEED, Encoder, InputError, MoCo, SmallCropSEED, Supervised, augment,
-                  rank_and_world_size, uniforms)
+                  concat_all_gather, rank_and_world_size, uniforms)
 
 METHODS = dict(seed="SEED", moco="MoCo-v2", supervised="supervision", linear="the linear probe",
                finetune="fine-tuning")
+PRECISIONS = dict(auto=torch.float32, fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 LOG_EVERY = 10                  # steps per row of log.csv
 KNN_LIMIT = 10_000              # images per split for kNN during training
 TABLE_LIMIT = 50_000            # images per split for the final table
@@ -86,46 +84,36 @@ RECIPES = {
 }
 SWAV = dict(crop_scale=(0.14, 1.0), small_crops=6)      # for a teacher of its kind, above 64 px
 NOT_INHERITED = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim", "init",
-                 "view_epochs", "small_crops", "small_size")        # flags of --method only
+                 "view_epochs", "small_crops", "small_size", "teacher_cache")   # of --method only
 MAY_CHANGE = ("workers", "device", "data", "out", "teacher", "init", "eval_every", "max_steps",
               "compare", "compile", "teacher_cache", "profile", "precision", "save_minutes")
-
-
-def defaults(dataset, image_size, method):
-    """Return the settings of a method on a data set, before any flag."""
-    kinds = {"any", dataset.rstrip("0123456789")}               # "cifar10" is of the kind "cifar"
-    if dataset not in ("folder", "imagenet") or (dataset == "folder" and image_size <= SMALL):
-        kinds.add("small")
-    settings = {}
-    for (kind, name), changes in RECIPES.items():
-        if kind in kinds and name in ("any", method):
-            settings.update(changes)
-    return settings
 
 
 def parse_args(argv=None):
     """Return the flags as given; None where the recipe decides. InputError if they contradict."""
     parser = Parser(description=__doc__, epilog="Defaults: RECIPES in train.py, and each run's "
-                    "args.json. Small networks gain from more epochs.")
-    add_experiment_flags(parser)
-    add_run_flags(parser)
+                    "args.json. Small networks gain from more epochs.",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
     args = parser.parse_args(argv)
     wrong = [name for name in ("teacher", "teacher_cache", "small_crops") if getattr(args, name)]
     if args.method != "seed" and wrong:
         parser.error(f"--{wrong[0].replace('_', '-')} is only for --method seed")
     if args.method in ("linear", "finetune") and args.compare:
         parser.error(f"--compare does not go with --method {args.method}")
+    if "" in (args.teacher, args.teacher_cache, args.init):
+        parser.error("the name of a file is empty; is a variable of the shell not set?")
     if args.method == "linear" and not args.init:
         parser.error("--method linear evaluates an encoder; name its file with --init")
     return args
 
 
-def add_experiment_flags(parser):
-    """Add the flags for networks, teacher and data."""
+def add_flags(parser):
+    """Add the flags: first what to train and on what, then how."""
     count = number(int, 1, 1e9)
+    temperature = number(float, 1e-6, 1e3)
     flag = parser.add_argument_group("what to train").add_argument
-    flag("--method", choices=tuple(METHODS), default="seed", help="seed (default); moco: the "
-         "baseline; supervised: with labels; linear, finetune: evaluate --init with labels")
+    flag("--method", choices=METHODS, default="seed", help="linear, finetune: evaluate --init")
     flag("--arch", help="a torchvision classification network")
     flag("--dim", type=count, help="of the embeddings; a student has its teacher's")
     flag("--hidden-dim", type=number(int, 0, 2**16), help="of the head; 0: no hidden layer")
@@ -135,10 +123,8 @@ def add_experiment_flags(parser):
          "which runs code; if not given, a teacher is trained first")
     flag("--teacher-arch", help="its network, if the file does not name it; or the one to train")
     flag("--teacher-prefix", help="of its keys, if the file has several networks")
-    flag("--teacher-mean", type=number(float, 0, 1), nargs=3, metavar="M",
-         help="of its pixels in 0..1, if not ImageNet's; SimCLR: 0 0 0")
-    flag("--teacher-std", type=number(float, 1e-3, 10), nargs=3, metavar="S",
-         help="likewise; SimCLR: 1 1 1")
+    flag("--teacher-mean", type=number(float, 0, 1), nargs=3, metavar="M", help="SimCLR: 0 0 0")
+    flag("--teacher-std", type=number(float, 1e-3, 10), nargs=3, metavar="S", help="SimCLR: 1 1 1")
     flag("--teacher-method", choices=("moco", "supervised"), help="how to train it")
     flag("--teacher-epochs", type=count, help="a better teacher makes a better student")
     flag("--teacher-cache", type=expanduser, metavar="DIR", help="keep its embeddings there")
@@ -148,13 +134,7 @@ def add_experiment_flags(parser):
     flag("--image-size", type=number(int, 8, 4096), help=f"of a view; up to {SMALL}: in memory")
     flag("--small-crops", type=number(int, 0, 64), metavar="N", help="per image; authors' code: 6")
     flag("--small-size", type=number(int, 8, 4096), help="side of a small crop")
-
-
-def add_run_flags(parser):
-    """Add the flags for the optimization and the run."""
-    count = number(int, 1, 1e9)
-    temperature = number(float, 1e-6, 1e3)
-    flag = parser.add_argument_group("the optimization").add_argument
+    flag = parser.add_argument_group("the run").add_argument
     flag("--epochs", type=count, help="passes over the images")
     flag("--max-steps", type=count, help="end each stage early; the learning rate stays the same")
     flag("--batch-size", type=number(int, 2, 1e6), help="images per step, over all processes")
@@ -164,30 +144,31 @@ def add_run_flags(parser):
     flag("--queue-size", type=count, metavar="K", help="about 5%% of the images, at most all")
     flag("--tau-s", type=temperature, help="the student's temperature, and MoCo's")
     flag("--tau-t", type=temperature, help="the teacher's; higher: similar images count more")
-    flag = parser.add_argument_group("the run").add_argument
     flag("--out", type=expanduser, metavar="DIR", help="default: runs/DATASET-METHOD-ARCH")
-    flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-         help="of the networks; auto (default): bf16 or fp16 on CUDA, otherwise fp32")
+    flag("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 only on CUDA")
     flag("--compile", action="store_true", help="torch.compile the networks; pays in long runs")
-    flag("--save-minutes", type=number(float, 0, 1e6), default=10.0, metavar="M",
-         help="between saves (%(default)s); also saved: after each epoch and on a signal")
+    flag("--save-minutes", type=number(float, 0, 1e6), default=10.0, help="also after each epoch")
     flag("--eval-every", type=number(int, 0, 1e6), help="epochs between evaluations; 0: none")
     flag("--compare", action="store_true", help="also train by MoCo-v2 and with labels")
     flag("--profile", action="store_true", help="only time some steps, part by part")
 
 
 def make_config(args, method, **changes):
-    """Return all settings of one stage: the defaults, then the flags, then `changes`."""
-    recipe = defaults(args.dataset, args.image_size or 224, method)
-    flags = {key: value for key, value in vars(args).items() if value is not None}
-    if method != args.method:                                   # such as the teacher of a student
-        flags = {key: value for key, value in flags.items() if key not in NOT_INHERITED}
-    unset = dict.fromkeys(vars(args))
-    cfg = argparse.Namespace(**{**unset, **recipe, **flags, "method": method, **changes})
+    """Return all settings of one stage: the recipe, then the flags, then `changes`."""
+    kinds = {"any", args.dataset.rstrip("0123456789")}          # "cifar10" is of the kind "cifar"
+    large = ("folder", "imagenet") if (args.image_size or 224) > SMALL else ("imagenet",)
+    if args.dataset not in large:
+        kinds.add("small")
+    settings = dict.fromkeys(vars(args))                        # None: no recipe, no flag
+    for (kind, name), row in RECIPES.items():
+        if kind in kinds and name in ("any", method):
+            settings.update(row)
+    for key, value in vars(args).items():
+        if value is not None and (method == args.method or key not in NOT_INHERITED):
+            settings[key] = value
+    cfg = argparse.Namespace(**{**settings, "method": method, **changes})
     if method == "finetune" and not args.init:
         cfg.backbone_factor = 1.0
-    if method != "seed":
-        vars(cfg).update(teacher_cache=None, small_crops=0)
     cfg.teacher = without_secrets(cfg.teacher)
     cfg.init = without_secrets(cfg.init)
     cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.epochs / 2)
@@ -229,15 +210,14 @@ def init_distributed(device_name):
     return device
 
 
-@contextlib.contextmanager
-def first_of_node():
-    """Run the block first in one process of each node. The others then find the files that it
-    downloaded or wrote."""
+def first_of_node(function, *args):
+    """Call a function in all processes, first in one of each node. The others then find the files
+    that it downloaded."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not is_first:
         dist.barrier()
     try:
-        yield
+        return function(*args)
     finally:
         if dist.is_initialized() and is_first:
             dist.barrier()
@@ -262,18 +242,8 @@ def from_main_process(function, *args):
 def load_teacher_on_all(path, *args):
     """Call `load_teacher` for all processes. A file needs to exist only on the first node."""
     if path.startswith("hub:"):                                 # each process imports its code
-        with first_of_node():
-            return load_teacher(path, *args)
+        return first_of_node(load_teacher, path, *args)
     return from_main_process(load_teacher, path, *args)
-
-
-def mean_of_ranks(values):
-    """Return a dict of scalar tensors as floats, averaged over processes. Waits for the device."""
-    means = torch.stack([value.detach().float() for value in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(means)
-        means /= dist.get_world_size()
-    return dict(zip(values, means.tolist()))
 
 
 # ------------------------------------------------------------------------------------ 3. batches
@@ -285,6 +255,7 @@ class Batch:
     samples: np.ndarray         # int64 [B], indices of the images
     views: list                 # float [B, 3, S, S] each, on the device; S may differ
     labels: torch.Tensor        # int64 [B], or None
+    start: float                # when it was requested, in seconds
     wait: float                 # seconds until it was ready
 
 
@@ -308,23 +279,23 @@ def batches(split, cfg, device, views, steps):
     a whole batch at once. views: side and crop scale of each view."""
     items = ([(epoch, int(sample)) for sample in samples]
              for _, epoch, samples in plan(len(split), cfg, steps))
-    already_cropped = split.pixels is None
     reader = read_images(split, views, items, device, cfg.workers, cfg.seed)
     for step, epoch, samples in plan(len(split), cfg, steps):
         start = time.perf_counter()
-        with record_function("reading"):
+        with torch.profiler.record_function("reading"):
             images = next(reader)
         augmented = []
-        with record_function("augmentation"):
+        with torch.profiler.record_function("augmentation"):
             for view, (size, scale) in enumerate(views):
                 u = uniforms(cfg.seed, epoch, samples, view)
-                scale = None if already_cropped else scale
-                x = augment(images[view], u, size, scale, cfg.blur, cfg.color)
+                crop = None if split.pixels is None else scale      # those from disk are crops
+                x = augment(images[view], u, size, crop, cfg.blur, cfg.color)
                 augmented.append(x.contiguous(memory_format=torch.channels_last))
         labels = split.labels
         if labels is not None:
             labels = labels[samples].to(device, non_blocking=True)
-        yield Batch(step, epoch, samples, augmented, labels, time.perf_counter() - start)
+        wait = time.perf_counter() - start
+        yield Batch(step, epoch, samples, augmented, labels, start, wait)
 
 
 def view_plan(cfg):
@@ -373,6 +344,8 @@ def new_encoder(cfg, init=None):
             encoder.backbone.load_state_dict(init.backbone.state_dict())
         except RuntimeError as e:
             raise InputError(f"--init {cfg.init} does not fit: {first_line(e)}") from None
+        encoder.mean.copy_(init.mean)
+        encoder.std.copy_(init.std)
         if str(encoder.head) == str(init.head):                 # the same layers
             encoder.head.load_state_dict(init.head.state_dict())
         encoder.provenance = init.provenance
@@ -396,7 +369,7 @@ def build(cfg, data, device, teacher=None, init=None):
         method = Classifier(encoder, len(data.classes), frozen=cfg.method == "linear")
     if cfg.profile:
         for stage in ("targets", "forward", "loss"):
-            setattr(method, stage, record_function(stage)(getattr(method, stage)))
+            setattr(method, stage, torch.profiler.record_function(stage)(getattr(method, stage)))
     if device.type == "cpu":
         speed_up_small_maps(method)
     return encoder, method.to(device, memory_format=torch.channels_last).train()
@@ -414,9 +387,7 @@ def speed_up_small_maps(network):
 
 class SmallMapConv2d(nn.Conv2d):
     """A convolution that is faster on a CPU if the map x [B, C, H, W] is smaller than the kernel.
-
-    At 32 px, that is so in the last layers: most of the kernel meets only padding. Without AVX-512,
-    torch 2.14 spends more than half of a training step on the gradients of these weights."""
+    That is so in the last layers at 32 px; assets/PERFORMANCE.md has the times."""
 
     def forward(self, x):
         height, width = x.shape[-2:]
@@ -441,25 +412,22 @@ def make_optimizer(method, cfg):
 
 
 def compile_and_distribute(method, cfg):
-    """Return the method as the loop calls it: with --compile compiled, and with several processes
-    averaging its gradients."""
+    """Return the method as the loop calls it: compiled if asked, its gradients averaged."""
     for network in method.modules():
         if cfg.compile and isinstance(network, Encoder):
             network.backbone.compile()
     if not dist.is_initialized():
         return method
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)    # of torch 2.14
-    return DistributedDataParallel(method, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
 
 
 def network_dtype(cfg, device):
     """Return the dtype in which the networks compute."""
-    if cfg.precision != "auto":
-        return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.precision]
-    if device.type != "cuda":
-        return torch.float32
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
+    if cfg.precision == "auto" and device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return PRECISIONS[cfg.precision]
 
 
 def lr_at(step, cfg, steps_per_epoch):
@@ -506,8 +474,7 @@ def train(cfg, data, device, teacher=None, init=None):
             if run.is_logged(batch.step):                       # with the queue that the loss saw
                 run.note(loss, method.diagnostics(outputs, targets))
             method.after_step(targets)                          # only now the queue moves on
-            if run.end_step(batch):                             # a signal: the step is saved
-                break
+            run.end_step(batch)
     return run
 
 
@@ -529,16 +496,12 @@ def note_signals():
         with contextlib.suppress(OSError):                      # it may have interrupted a print()
             os.write(1, text.encode() if is_main_process() else b"")
 
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():   # others cannot set a handler
+    with contextlib.ExitStack() as at_exit:
         for signum in STOP_SIGNALS:
             if signal.getsignal(signum) != signal.SIG_IGN:
-                handlers[signum] = signal.signal(signum, note)
-    try:
+                with contextlib.suppress(ValueError):           # in a thread, none can be set
+                    at_exit.callback(signal.signal, signum, signal.signal(signum, note))
         yield received
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
     if received:
         sys.exit(128 + received[-1])
 
@@ -588,16 +551,12 @@ def check_folder(out, identity):
 def lock_folder(out):
     """Return an open file that locks the folder, or raise InputError if another run has locked it.
     Windows and some network disks have no locks."""
-    file = open(Path(out, ".lock"), "a+")
+    file = open(Path(out, ".lock"), "w")
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise InputError(f"{file.read() or 'another process'} is using {out}; wait for it, or use "
-                         "another --out") from None
+        raise InputError(f"another run is using {out}; wait for it, or use another --out") from None
     except (ImportError, OSError):
         pass
     return file
@@ -611,40 +570,40 @@ class Run:
         self.data = data
         self.device = device
         self.encoder = encoder
-        self.teacher = teacher
         self.parts = dict(method=method, optimizer=optimizer, scaler=scaler)
         self.out = Path(cfg.out)
         self.identity = run_identity(cfg, data, teacher_fingerprint=fingerprint(teacher),
                                      init_fingerprint=fingerprint(init))
-        self.start = f", started from: {encoder.provenance}" if init else ""
+        self.origin = f", started from: {encoder.provenance}" if init else ""
         self.labels = [cfg.method in ("supervised", "finetune"), encoder.used_labels]
+        if teacher:
+            self.origin += f", teacher: {teacher.provenance}"
+            self.labels.append(teacher.used_labels)
         self.steps_per_epoch = len(data.train) // cfg.batch_size
         self.last_step = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
-        self.seconds = 0.0                                      # of training, without evaluation
+        self.seconds = 0.0                                      # of training
+        self.times = np.zeros(3)        # since the last row: seconds, of them waiting, and steps
         self.numbers = {}                                       # of the last row of the log
         self.printed = 0.0
+        self.saved = time.monotonic()
 
     def open(self):
         """Make the folder, or load its checkpoint. Return the range of steps that are left."""
         saved = from_main_process(self.prepare)
-        first_step = 0
-        if saved:
-            first_step = saved["step"]
-            self.seconds = saved["seconds"]
-            whole = self.parts["method"].state_dict()           # also the teacher's weights
-            whole.update(saved["method"])
-            saved["method"] = whole
-            for name, part in self.parts.items():
-                if saved[name]:                                 # the scaler's is empty without fp16
-                    part.load_state_dict(saved[name])
-            verb = "finished before," if first_step >= self.last_step else "resuming"
-            print0(f"{verb} at step {first_step}; delete {self.out} to start again")
-            if is_main_process() and not (self.out / "encoder.pt").exists():
-                save_encoder(self.out / "encoder.pt", self.averaged_encoder(), saved["provenance"],
-                             saved["used_labels"])
-        self.saved = time.monotonic()
-        self.start_clock()
-        return range(first_step, max(first_step, self.last_step))
+        if not saved:
+            return range(self.last_step)
+        self.seconds = saved["seconds"]
+        whole = self.parts["method"].state_dict()               # also the teacher's weights
+        whole.update(saved["method"])
+        saved["method"] = whole
+        for name, part in self.parts.items():
+            if saved[name]:                                     # the scaler's is empty without fp16
+                part.load_state_dict(saved[name])
+        verb = "finished before," if saved["step"] >= self.last_step else "resuming"
+        print0(f"{verb} at step {saved['step']}; delete {self.out} to start again")
+        if is_main_process() and not (self.out / "encoder.pt").exists():
+            self.save(saved["step"])
+        return range(saved["step"], self.last_step)
 
     def prepare(self):
         """Lock the folder and make it ready. Return its checkpoint, or None."""
@@ -671,11 +630,6 @@ class Run:
         os.truncate(log, rows.rfind(b"\n") + 1)                 # without a torn one
         return saved
 
-    def start_clock(self):
-        self.started = time.perf_counter()
-        self.timed_steps = 0
-        self.waited = 0.0
-
     def ends_epoch(self, step):
         return (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.last_step
 
@@ -684,22 +638,26 @@ class Run:
         return (step + 1) % LOG_EVERY == 0 or self.ends_epoch(step)
 
     def note(self, loss, diagnostics):
-        """Keep the numbers for the row of the log. Raise FloatingPointError if they diverged."""
-        self.numbers = mean_of_ranks({"loss": loss, **diagnostics})
+        """Keep the means over processes for the row of the log. Raise FloatingPointError if they
+        diverged. This waits for the device."""
+        values = {"loss": loss, **diagnostics}
+        own = torch.stack([value.detach().float() for value in values.values()])
+        means = concat_all_gather(own[None]).mean(dim=0)
+        self.numbers = dict(zip(values, means.tolist()))
         self.check_finite("the loss", self.numbers.values())
 
     def check_finite(self, what, values):
         if not all(map(math.isfinite, values)):
             raise FloatingPointError(
                 f"{what} is not finite; with --precision fp32, the same command resumes from the "
-                "last good checkpoint. A lower --lr or more --warmup-epochs make another run: use "
-                f"another --out, or delete {self.out}")
+                f"last good checkpoint. Or delete {self.out} and lower --lr")
 
     def end_step(self, batch):
-        """Evaluate if it is due, write the row of the log, and save. Return whether to stop after a
-        signal. Only the main process works here; the others wait in the next shared operation."""
-        self.timed_steps += 1
-        self.waited += batch.wait
+        """Evaluate if it is due, write the row of the log, and save. Exit after a signal. Only the
+        main process works here; the others wait in the next shared operation."""
+        took = time.perf_counter() - batch.start                # without evaluation and saving
+        self.seconds += took
+        self.times += (took, batch.wait, 1)
         if self.is_logged(batch.step) and is_main_process():
             self.write_row(batch.step + 1)
         signum = self.signal_of_any(batch.step)
@@ -710,8 +668,7 @@ class Run:
             if dist.is_initialized():
                 dist.barrier()                                  # until the main process has saved
             print0(f"stopped by {signal.Signals(signum).name}; the same command resumes from here")
-            self.signals.append(signum)                         # also if only another got it
-        return signum > 0
+            sys.exit(128 + signum)                              # also if only another got it
 
     def signal_of_any(self, step):
         """Return a signal that a process received, or 0: the same in all processes. Several agree
@@ -721,20 +678,18 @@ class Run:
             return signum
         if not self.is_logged(step):
             return 0
-        shared = torch.tensor(signum, device=self.device)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
-        return int(shared)
+        return int(concat_all_gather(torch.tensor([signum], device=self.device)).max())
 
     def evaluate(self):
         """Return the accuracy in percent on the test images: the classifier's, or by kNN."""
-        cfg = self.cfg
         encoder = self.averaged_encoder()
+        workers = self.cfg.workers
         if not isinstance(self.parts["method"], Classifier):
-            scores, _ = evaluate(encoder, self.data, self.device, cfg.workers, KNN_LIMIT, False)
+            scores, _ = evaluate(encoder, self.data, self.device, workers, KNN_LIMIT, False)
             return scores["knn"]
-        x = extract_features(encoder, self.data.test, self.device, cfg.workers)
+        x = extract_features(encoder, self.data.test, self.device, workers)
         y = self.data.test.labels.to(self.device)
-        return accuracy(self.parts["method"].classifier, x.to(self.device), y)
+        return accuracy(self.parts["method"].classifier(x.to(self.device)), y)
 
     def averaged_encoder(self):
         """Return the encoder with averaged batch-norm statistics, unless it is frozen."""
@@ -744,14 +699,13 @@ class Run:
 
     def write_row(self, steps_done):
         """Append a row to log.csv. Print it after ten seconds, and with each evaluation."""
-        took = time.perf_counter() - self.started
-        self.seconds += took
+        took, waited, steps = self.times
         epoch = steps_done / self.steps_per_epoch
         row = dict(step=steps_done, epoch=epoch, lr=self.parts["optimizer"].param_groups[0]["lr"],
-                   **self.numbers, waiting=self.waited / took,
-                   images_per_s=self.timed_steps * self.cfg.batch_size / took, accuracy="")
+                   **self.numbers, waiting=waited / took,
+                   images_per_s=steps * self.cfg.batch_size / took, accuracy="")
         every = self.cfg.eval_every
-        if every and epoch % every == 0 and self.data.has_labels and not self.signals:
+        if every and epoch % every == 0 and self.data.classes and not self.signals:
             row["accuracy"] = self.evaluate()
         texts = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()]
         try:
@@ -764,7 +718,7 @@ class Run:
         if is_last or row["accuracy"] != "" or time.perf_counter() - self.printed > 10:
             self.printed = time.perf_counter()
             self.print_row(row)
-        self.start_clock()
+        self.times[:] = 0
 
     def print_row(self, row):
         yardstick = f" (a copy: {row['loss_of_a_copy']:.3f})" if "loss_of_a_copy" in row else ""
@@ -778,14 +732,10 @@ class Run:
 
     def save(self, steps_done):
         """Write encoder.pt, then last.pt, so that a complete encoder.pt is never the older one."""
-        self.seconds += time.perf_counter() - self.started
         epochs = f"{steps_done / self.steps_per_epoch:.4g} epochs"
-        provenance = f"{METHODS[self.cfg.method]}, {epochs} on {self.data.name}{self.start}"
-        labels = self.labels
-        if self.teacher:
-            provenance += f", teacher: {self.teacher.provenance}"
-            labels = [*labels, self.teacher.used_labels]
-        about = (provenance, any_labels(labels))
+        provenance = f"{METHODS[self.cfg.method]}, {epochs} on {self.data.name}{self.origin}"
+        used_labels = any(self.labels) or (None if None in self.labels else False)
+        about = (provenance, used_labels)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state["method"] = {name: value for name, value in state["method"].items()
                            if not name.startswith("teacher.")}  # frozen: its fingerprint will do
@@ -797,7 +747,6 @@ class Run:
         save_encoder(self.out / "encoder.pt", self.averaged_encoder(), *about)
         save_file(self.out / "last.pt", state)
         self.saved = time.monotonic()
-        self.start_clock()
 
 
 class TeacherCache:
@@ -814,16 +763,14 @@ class TeacherCache:
                        label_fraction=cfg.label_fraction)
         epochs = min(cfg.view_epochs or cfg.epochs, cfg.epochs)
         shape = (epochs, len(data.train), method.views_per_image, method.teacher.dim)
-        with first_of_node():
-            make_folder(path)
-            if not (path / "z.float32").exists():
-                save_json(path / "fingerprint.json", current)
-            other = differences(path / "fingerprint.json", current)
-            if other:
-                raise InputError(f"--teacher-cache {path} has other embeddings ({other}); use "
-                                 "another folder")
-            with open(path / "z.float32", "ab") as file:
-                file.truncate(max(file.tell(), 4 * math.prod(shape)))       # a sparse file
+        make_folder(path)
+        if not (path / "z.float32").exists():
+            save_json(path / "fingerprint.json", current)
+        other = differences(path / "fingerprint.json", current)
+        if other:
+            raise InputError(f"--teacher-cache {path} has other embeddings ({other}); use another")
+        with open(path / "z.float32", "ab") as file:
+            file.truncate(max(file.tell(), 4 * math.prod(shape)))           # a sparse file
         self.file = open(path / "z.float32", "r+b", buffering=0)
         self.rows = np.memmap(path / "z.float32", np.float32, "r", shape=shape)
 
@@ -848,7 +795,7 @@ def fit_to_data(cfg, data):
     """Refuse what cannot work before anything is trained. Shorten a queue that is too long."""
     world_size = rank_and_world_size()[1]
     images = len(data.train)
-    if cfg.method in ("supervised", "linear", "finetune") and not data.has_labels:
+    if cfg.method in ("supervised", "linear", "finetune") and not data.classes:
         raise InputError(f"{cfg.data} has no labels to train with; use class folders, or moco as "
                          "--method or --teacher-method")
     if cfg.label_fraction < 1:
@@ -862,10 +809,9 @@ def fit_to_data(cfg, data):
         print0(f"note: the queue of {cfg.queue_size:,} is cut to the {images:,} images")
         cfg.queue_size = images
     from_main_process(check_out, cfg.out, cfg.dataset, cfg.data)
-    identity = run_identity(cfg, data)
-    for name in ("dim", *SWAV):                                 # the teacher decides these later
-        del identity[name]
     if not cfg.profile:
+        late = ("dim", *SWAV)                                   # the teacher decides these later
+        identity = {key: x for key, x in run_identity(cfg, data).items() if key not in late}
         from_main_process(check_folder, cfg.out, identity)
 
 
@@ -895,7 +841,7 @@ def get_teacher(args, cfg, data, device):
     teacher.image_size = cfg.image_size
     if changes.get("small_crops", cfg.small_crops):
         teacher.check_image_size(cfg.small_size)
-    print0(f"\nteacher: {teacher.provenance}, {label_use(teacher.used_labels)}")
+    print0(f"\nteacher: {teacher.provenance}, {LABEL_USE[teacher.used_labels]}")
     return teacher.to(device, memory_format=torch.channels_last), seconds, changes
 
 
@@ -913,7 +859,7 @@ def train_teacher(args, cfg, data, device):
     teacher_cfg.out = f"runs/teachers/{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     fit_to_data(teacher_cfg, data)
     print0(f"\nstage 1: no --teacher given, so a {cfg.teacher_arch} is trained on the same images, "
-           f"{label_use(cfg.teacher_method == 'supervised')}")
+           f"{LABEL_USE[cfg.teacher_method == 'supervised']}")
     print_settings(teacher_cfg, data)
     run = train(teacher_cfg, data, device)
     return f"{teacher_cfg.out}/encoder.pt", run.seconds
@@ -928,14 +874,12 @@ def print_settings(cfg, data):
 
 
 def profile(cfg, data, device, teacher, init):
-    """Time the parts of some steps, except backward, with torch.profiler, in a folder that is
-    deleted. Leave the trace."""
+    """Time parts of some steps of a run whose folder is deleted. Leave the trace."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")             # the profiler logs every start
     profiler = torch.profiler.profile()
     with tempfile.TemporaryDirectory() as folder, profiler:
-        settings = {**vars(cfg), "out": folder, "max_steps": 24, "eval_every": 0,
-                    "teacher_cache": None}
-        train(argparse.Namespace(**settings), data, device, teacher, init)
+        vars(cfg).update(out=folder, max_steps=24, eval_every=0, teacher_cache=None)
+        train(cfg, data, device, teacher, init)
     for event in profiler.key_averages():
         if event.key in ("reading", "augmentation", "targets", "forward", "loss"):
             ms = max(event.cpu_time_total, event.device_time_total) / event.count / 1e3
@@ -951,8 +895,7 @@ def print_table(rows, data, device, workers, out):
 
     rows: dicts of name, encoder (Encoder or its file), seconds (of training, or None), by_teacher
     (if labels were used, then by its teacher), and in_picture (show it in neighbors.png)."""
-    counts = [f"{min(len(split), TABLE_LIMIT):,}" for split in (data.train, data.test)]
-    print0(f"\nevaluating on {counts[0]} training and {counts[1]} test images")
+    print0(f"\nevaluating on all images, but at most {TABLE_LIMIT:,} of each split")
     width = max(len(row["name"]) for row in rows)
     print0(f"{'':{width}s}     kNN  linear  seconds  labels used")
     results = []
@@ -963,13 +906,13 @@ def print_table(rows, data, device, workers, out):
             encoder = load_teacher(encoder)
         encoder = encoder.to(device, memory_format=torch.channels_last)
         scores, (train, test, features) = evaluate(encoder, data, device, workers, TABLE_LIMIT)
-        texts = [f"{scores[name]:.1f}%" if data.has_labels else "-" for name in ("knn", "linear")]
-        seconds = f"{row['seconds']:.0f}" if row["seconds"] else "-"
+        texts = [f"{scores[name]:.1f}%" if data.classes else "-" for name in ("knn", "linear")]
+        seconds = f"{row['seconds']:.0f}" if row.get("seconds") else "-"
         labels = {True: "yes", False: "no", None: "unknown"}[encoder.used_labels]
         if encoder.used_labels and row.get("by_teacher"):
             labels = "by its teacher"
         print0(f"{row['name']:{width}s}  {texts[0]:>6s}  {texts[1]:>6s}  {seconds:>7s}  {labels}")
-        results.append(dict(name=row["name"], seconds=row["seconds"], labels=labels, **scores))
+        results.append(dict(name=row["name"], seconds=row.get("seconds"), labels=labels, **scores))
         if row.get("in_picture"):
             pictured.append(features)
     save_neighbors(Path(out, "neighbors.png"), train, test, pictured, data.image_size)
@@ -987,15 +930,20 @@ def report_classifier(run, name):
 
 
 def students_of(args, cfg, data):
-    """Return the settings of each stage after the teacher: the student and, with --compare, the
-    baselines. Refuse what cannot work."""
+    """Return the settings of the student and of baselines. Refuse what cannot work."""
     students = [cfg]
     for method in ("moco", "supervised") if args.compare else ():
-        if method != cfg.method and (method == "moco" or data.has_labels):
+        if method != cfg.method and (method == "moco" or data.classes):
             students.append(make_config(args, method, out=f"{cfg.out}/{method}"))
     for student in students:
         fit_to_data(student, data)
     return students
+
+
+def check_test_images(data, workers):
+    """Read the test images once. Too many that cannot be read would end a run hours later."""
+    for _ in center_views(data.test, 32, "cpu", workers):
+        pass
 
 
 def main(argv=None):
@@ -1007,8 +955,7 @@ def main(argv=None):
         args.arch = init.arch
         args.image_size = args.image_size or init.image_size
     cfg = make_config(args, args.method)
-    with first_of_node():
-        data = load_data(cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
+    data = first_of_node(load_data, cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)
     if data.fingerprint != from_main_process(getattr, data, "fingerprint"):
         raise InputError(f"the images on {platform.node()} differ from those on the first node")
     data.train = label_fraction(data.train, cfg.label_fraction, cfg.seed)
@@ -1016,8 +963,8 @@ def main(argv=None):
            f"{network_dtype(cfg, device)}")
     untrained = new_encoder(cfg, init)      # a network that cannot be used fails early
     students = students_of(args, cfg, data)
-    rows = [dict(name=f"{cfg.arch}, {'as it starts' if init else 'untrained'}", encoder=untrained,
-                 seconds=None)]
+    from_main_process(check_test_images, data, cfg.workers)
+    rows = [dict(name=f"{cfg.arch}, {'as it starts' if init else 'untrained'}", encoder=untrained)]
     teacher = None
     if cfg.method == "seed":
         teacher, seconds, changes = get_teacher(args, cfg, data, device)

@@ -103,7 +103,7 @@ PARTS = {           # what a file may contain under a prefix, and in the last li
              "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}},
     "dino": {"mlp.0.weight": torch.ones(64, 512), "mlp.0.bias": torch.ones(64),
              "last_layer.weight_g": torch.ones(90, 1), "last_layer.weight_v": torch.ones(90, 32)},
-    "one": {"": torch.ones(1)},
+    "one": {"": torch.ones(1)}, "random": {"": torch.get_rng_state()},
     "some": {"": torch.ones(3, 3)}}
 LAYOUTS = {         # where the backbone is, and its head; the head's layers; what else is there
     "MoCo v1": ("state_dict/module.encoder_q.", "module.encoder_q.fc.", "128",
@@ -135,6 +135,15 @@ LAYOUTS = {         # where the backbone is, and its head; the head's layers; wh
     "compiled in parts": ("state_dict/", "fc._orig_mod.", "512 relu 128", "parts"),
     "lightly's MoCo": ("state_dict/backbone.", "projection_head.layers.", "512 relu 128",
                        "numbered:backbone_momentum. head:projection_head_momentum.layers."),
+    "lightly's BYOL": ("state_dict/backbone.", "projection_head.layers.", "96 bn relu 32",
+                       "net:student_backbone. head:student_projection_head.layers. "
+                       "head:student_prediction_head.layers. layer:online.head."),
+    "its student": ("state_dict/student_backbone.", "student_projection_head.layers.",
+                    "512 relu 128", "chosen net:backbone. head:projection_head.layers."),
+    "lightly's DINO": ("state_dict/backbone.", "", "", "head:projection_head.layers. "
+                       "some:projection_head.last_layer.weight_g net:student_backbone. "
+                       "head:student_projection_head.layers. some:criterion.center.center "
+                       "random:/rng_state"),
     "solo-learn's BYOL": ("state_dict/backbone.", "projector.", "96 bn relu 32",
                           "net:momentum_backbone. head:momentum_projector. head:predictor. "
                           "layer:classifier. one:/callbacks.best"),
@@ -275,7 +284,8 @@ MOCO = "arch:/ net:state_dict/module.encoder_q. head:state_dict/module.encoder_q
     ("net: layer:projector.0. layer:projector.3.", "its head lacks layer 1"),
     ("net: layer:proj.0. layer:proj.2. drop:proj.0.bias drop:proj.2.bias", "head.0.bias"),
     ("fcn:", "resnet50"),                               # segments: a ResNet with other strides
-    ("net: some:layer1.0.scale", "such as layer1.0.scale")])
+    ("net: some:layer1.0.scale", "such as layer1.0.scale"),
+    ("net:student. net:teacher.", "several networks, under ['student.', 'teacher.']")])
 def test_a_file_that_is_incomplete_or_leaves_a_choice_is_refused(tmp_path, parts, words):
     """If any of these files were accepted, a wrong network would be distilled silently."""
     file = {}
@@ -331,18 +341,19 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, teacher_file):
 # ------------------------------------------------------------------------ objects and hostile files
 Color = enum.Enum("Color", "RED")
 Gone = type("Gone", (), {"__module__": "gone"})
+Box = type("Box", (dict,), {"__module__": "gone"})                # like the settings of yacs
 
 
 @pytest.mark.parametrize("thing", [
     pathlib.PurePosixPath("/d"), pathlib.PureWindowsPath("d"), argparse.Namespace(arch="resnet18"),
     collections.defaultdict(list, a=[1]), Color.RED, datetime.datetime(2020, 1, 1), np.float64(1),
-    np.zeros(3), np.random.RandomState(0), np.dtype("f4"), Gone(), nn.Linear, nn.Linear(2, 2),
-    torch.optim.SGD([torch.ones(1)], 0.1), {1, 2}, torch.float16, {Color.RED: 1},
+    np.zeros(3), np.random.RandomState(0), np.dtype("f4"), Gone(), Box(a=Box(b=1)), Box(), nn.Linear,
+    nn.Linear(2, 2), torch.optim.SGD([torch.ones(1)], 0.1), {1, 2}, torch.float16, {Color.RED: 1},
     collections.deque([1]), functools.partial(torch.optim.Adam, lr=0.1)], ids=str)
 def test_objects_beside_the_weights_do_no_harm(tmp_path, monkeypatch, thing):
     """If objects beside the weights were errors, files of Lightning, timm and DINO could not be
     read without their packages."""
-    monkeypatch.setitem(sys.modules, "gone", argparse.Namespace(Gone=Gone))
+    monkeypatch.setitem(sys.modules, "gone", argparse.Namespace(Gone=Gone, Box=Box))
     weights = {"conv1.weight": torch.randn(3)}
     torch.save(dict(state_dict=weights, settings={"a": [thing, (thing,)]}), tmp_path / "f")
     monkeypatch.delitem(sys.modules, "gone")

@@ -200,6 +200,12 @@ def test_the_split_of_a_folder_is_found_in_any_case(tmp_path, train, test):
     assert "is among the images" in refusal(probe.check_out, tmp_path / test, "folder", tmp_path)
 
 
+def test_a_class_that_is_named_like_test_images_is_noted(tmp_path):
+    """Without train/, a folder val/ beside the classes is probably meant to be held out."""
+    write_images(tmp_path, dict.fromkeys(["a/1.png", "a/2.png", "b/1.png", "val/a/1.png"], 7))
+    assert "without train/, a folder named like test images" in str(load_data("folder", tmp_path))
+
+
 def test_no_class_is_lost(tmp_path, monkeypatch):
     """os.walk skips folders that cannot be opened. With --data / or D:\\, names of classes would
     lose their first letter: cat and bat become one."""
@@ -256,8 +262,11 @@ def test_nothing_is_written_among_the_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_images(".", dict.fromkeys([*(f"flat/{i}.png" for i in range(3)), "two/train/1.png"], 3))
     os.symlink("flat", "link")
-    for out in ("flat", "flat/runs/x", "link/x", "two/train/run", "two/val", "two/test"):
-        data = "two" if out.startswith("two") else "flat"
+    os.makedirs("linked")
+    os.symlink("../two/train", "linked/train")
+    for out in ("flat", "flat/runs/x", "link/x", "two/train/run", "two/val", "two/test",
+                "linked/train/run"):
+        data = {"link": "flat"}.get(out.split("/")[0], out.split("/")[0])
         assert "is among the images" in refusal(probe.check_out, out, "folder", data)
         probe.check_out(out, "shapes", data)
     for out, data in (("elsewhere", "two"), ("flat-runs", "flat"), ("two/runs/x", "two")):
@@ -279,6 +288,9 @@ def test_the_fingerprint_is_that_of_the_images(tmp_path, monkeypatch, size):
     write_images(".", AB)
     before = load_data("folder", ".", size).fingerprint
     assert load_data("folder", tmp_path, size).fingerprint == before
+    with monkeypatch.context() as patch:                        # unreadable, reported later
+        patch.setattr(Path, "read_bytes", Mock(side_effect=PermissionError()))
+        assert load_data("folder", tmp_path, size).fingerprint
     write_images(".", {name: 255 - value for name, value in AB.items()})
     replaced = load_data("folder", ".", size).fingerprint
     os.rename("a/0.png", "a/new.png")
@@ -338,6 +350,19 @@ def test_too_many_unreadable_images_are_counted_and_named(tmp_path):
         assert "images cannot be read, such as" in line and ".png" in line
 
 
+def test_test_images_that_cannot_be_read_are_found_before_training(tmp_path, monkeypatch):
+    """If the first evaluation found them, its epochs would be lost. If they were then removed, as
+    the error asks, the run could not resume: its images would be others."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        write_images(folder, dict.fromkeys(["1.png", "2.png", "3.png", "4.png"], 7))
+    Path("val/a/1.png").write_bytes(b"")
+    Path("val/b/1.png").write_bytes(b"")
+    flags = f"--dataset folder --data . --image-size 72 --arch {ARCH} --out runs/x --device cpu"
+    line = refusal(train.main, [*flags.split(), "--method", "moco", "--batch-size", "4"])
+    assert "2 of 8 images cannot be read" in line and not Path("runs").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error, words", [
     (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"), (MemoryError(), "memory"),
@@ -387,25 +412,6 @@ def test_batch_norm_is_averaged_over_batches():
     for name, value in average.state_dict().items():
         assert torch.allclose(value, expected.state_dict()[name], rtol=1e-3, atol=1e-5), name
     probe.average_batch_norm(encoder, split.subset([3]))        # a single image has no variance
-
-
-def test_the_linear_probe_is_the_papers_sgd():
-    """If the recipe were another, no accuracy could be compared with a published one."""
-    x = torch.randn(300, 6)
-    y = torch.randint(0, 3, (300,))
-    slow, fast = probe.fit_linear(x, y, 3, [0.01, 0.3], epochs=10)
-    weight = torch.zeros(3, 7, requires_grad=True)                      # and bias
-    momentum = torch.zeros(3, 7)
-    for epoch, rate in enumerate(6 * [0.3] + 2 * [0.03] + 2 * [0.003]):
-        order = np.random.default_rng(epoch).permutation(300)
-        for batch in (order[:256], order[256:]):
-            logits = x[batch] @ weight[:, :6].T + weight[:, 6]
-            loss = torch.nn.functional.cross_entropy(logits, y[batch])
-            momentum = 0.9 * momentum + torch.autograd.grad(loss, weight)[0]
-            weight.data -= rate * momentum
-    assert torch.allclose(torch.cat([fast.weight, fast.bias[:, None]], 1), weight, atol=1e-5)
-    assert not torch.allclose(slow.weight, fast.weight, atol=1e-2)
-    assert probe.fit_linear.__defaults__ == (100, 256)
 
 
 def test_an_evaluation_of_a_part_has_images_of_all_classes(few_shapes):

@@ -411,13 +411,14 @@ def test_a_profile_times_each_part_and_leaves_no_run_behind(quick, capsys, monke
 def test_a_student_may_start_from_weights(quick, teacher_file, other_teacher):
     """If --init did not pass on `used_labels`, weights made with labels would be called label-free.
     (--arch names the network of torchvision's file.)"""
-    start = load_teacher(other_teacher)
+    start = load_teacher(other_teacher, mean=(0.5, 0.5, 0.5), std=np.ones(3))
     for dim in (32, 8):
         args = train.parse_args(["--arch", ARCH, "--dim", str(dim)])
         encoder = train.new_encoder(train.make_config(args, "seed"), start)
         assert same(encoder.backbone.state_dict(), start.backbone.state_dict())
         head = same(encoder.head.state_dict(), start.head.state_dict())
         assert head == (dim == 32), "the head, too, if it has the same layers"
+        assert torch.equal(encoder.mean, start.mean) and torch.equal(encoder.std, start.std)
     torch.save(torchvision.models.get_model(ARCH).state_dict(), "torchvision.pth")
     flags = f"--teacher {teacher_file} --init torchvision.pth --max-steps 1"
     assert "torchvision.pth" in refusal(run, f"{flags} --arch resnet18")
