@@ -525,7 +525,8 @@ def load_teacher(path_or_url, arch=None, prefix=None, mean=None, std=None):
 
 def new_teacher(file, arch, stem, pixels, path):
     """Return an Encoder with the options of an encoder.pt, or read off the first convolution of a
-    ResNet: SwAV's and VICReg's may be wider, and CIFAR's have a stem for small images."""
+    ResNet: SwAV's and VICReg's may be wider, and CIFAR's have a stem for small images. (That of
+    solo-learn pads by 2 instead of 1, which the weights do not show.)"""
     try:
         options = dict(dim=None, small_images=stem is not None and stem.shape[2:] == (3, 3))
         if file.get("format") == "seed-encoder":

@@ -76,8 +76,8 @@ def seed_loss(z_s, z_t, queue, tau_s=0.2, tau_t=0.01):
     teacher's embeddings as positive and negatives. As tau_t -> infinity, p_t becomes uniform and
     carries no information. In between, images that the teacher finds similar share the weight. How
     much depends on the teacher: at tau_t 0.01, 0.05 and 0.1, p_t[0] is 0.22, 0.02 and 0.01 in
-    train.py's default run, whose teacher has seen labels, but 1.00, 0.80 and 0.24 on CIFAR-10 with
-    a MoCo-v2 teacher. Try 0.01 to 0.1, and watch `self_prob`.
+    train.py's default run, whose teacher has seen labels, but 1.00, 0.80 and 0.24 with a MoCo-v2
+    teacher on 10,000 images of CIFAR-10. Try 0.01 to 0.1, and watch `self_prob`.
 
     Args: z_s: float [B, D], the student's embeddings, the only input that receives a gradient;
         z_t: float [B, D], the teacher's embeddings of the same views; queue: float [K, D], earlier

@@ -347,8 +347,8 @@ Box = type("Box", (dict,), {"__module__": "gone"})                # like the set
 @pytest.mark.parametrize("thing", [
     pathlib.PurePosixPath("/d"), pathlib.PureWindowsPath("d"), argparse.Namespace(arch="resnet18"),
     collections.defaultdict(list, a=[1]), Color.RED, datetime.datetime(2020, 1, 1), np.float64(1),
-    np.zeros(3), np.random.RandomState(0), np.dtype("f4"), Gone(), Box(a=Box(b=1)), Box(), nn.Linear,
-    nn.Linear(2, 2), torch.optim.SGD([torch.ones(1)], 0.1), {1, 2}, torch.float16, {Color.RED: 1},
+    np.zeros(3), np.random.RandomState(0), np.dtype("f4"), Gone(), Box(a=Box(b=1)), Box(),
+    nn.Linear, nn.Linear(2, 2), torch.optim.SGD([torch.ones(1)], 0.1), {1, 2}, torch.float16, {Color.RED: 1},
     collections.deque([1]), functools.partial(torch.optim.Adam, lr=0.1)], ids=str)
 def test_objects_beside_the_weights_do_no_harm(tmp_path, monkeypatch, thing):
     """If objects beside the weights were errors, files of Lightning, timm and DINO could not be
