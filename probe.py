@@ -185,8 +185,8 @@ def find_images(name, root):
                          "train and val directly into --data")
     if len(classes) < 2 or "" in classes:                       # a single class is no label
         classes = []
-    if top == root and not words.isdisjoint(VAL_NAMES):
-        notes.append("without train/, a folder named like test images is one of the classes")
+    if classes and top == root and not words.isdisjoint(VAL_NAMES):
+        notes.append("there is no train/, so a folder named like test images is one of the classes")
     if name == "imagenet" and not (val and classes):
         raise InputError(f"{root} needs train/ and val/, each with one folder per class; otherwise "
                          "use --dataset folder")
@@ -524,7 +524,7 @@ def load_teacher(path_or_url, arch=None, prefix=None, mean=None, std=None):
 
 
 def new_teacher(file, arch, stem, pixels, path):
-    """Return an Encoder with the options of an encoder.pt, or read off the first convolution of a
+    """Return an Encoder with the options of an encoder.pt, or those of the first convolution of a
     ResNet: SwAV's and VICReg's may be wider, and CIFAR's have a stem for small images. (That of
     solo-learn pads by 2 instead of 1, which the weights do not show.)"""
     try:
@@ -532,7 +532,7 @@ def new_teacher(file, arch, stem, pixels, path):
         if file.get("format") == "seed-encoder":
             names = ("dim", "hidden_dim", "small_images", "image_size", "mean", "std")
             options = {name: file[name] for name in names}
-        factor = 1 if stem is None else len(stem) // 64
+        factor = len(stem) // 64 if stem is not None and stem.ndim == 4 else 1
         if 2 <= factor <= 9:
             options["backbone"] = wide_resnet(arch, factor)
             arch = f"{arch}w{factor}"
@@ -645,8 +645,7 @@ def sort_weights(tensors, prefix, others, teacher, path):
 
     If the backbone is "module.backbone.", a head is looked for in the place of its classifier and
     beside it, such as "module.projector." Barlow Twins keeps a batch norm there: "module.bn." """
-    ends = "weight|bias|running_mean|running_var|num_batches_tracked"
-    layer = re.compile(rf"(|.*?\.)(\d+\.)?({ends})")        # the head, a layer's number, a tensor
+    layer = re.compile(r"(|.*?\.)(\d+\.)?(weight|bias|running_(mean|var)|num_batches_tracked)")
     own = teacher.backbone.state_dict()
     children = dict(teacher.backbone.named_children())
     classifier = f"{prefix}{teacher.last_layer or 'fc'}."
@@ -668,16 +667,17 @@ def sort_weights(tensors, prefix, others, teacher, path):
         elif match and match[1].startswith(beside) and not is_part:
             heads.setdefault(match[1], {})[name.removeprefix(match[1])] = value
         elif is_inside or (value.numel() > 1 and value.is_floating_point()):
-            unknown.append(name)                # but not an accuracy or a random state
-    stems = [network.rpartition("backbone")[0] for network in (prefix, *others)]
+            unknown.append(name)                # others are an accuracy, or a random state
+    # Not the head: a Linear (except in MoCo v1), those of others (student_projection_head), DINO's.
+    owners = [re.sub("backbone.*", "", network) for network in (prefix, *others)]
     dino = [name.rpartition("last_layer.")[0] for name in tensors if "head.last_layer." in name]
-    for group, head in list(heads.items()):     # a single Linear is a classifier, except in MoCo v1
+    for group, head in list(heads.items()):
         shapes = [value.shape[1:] for value in head.values() if value.ndim > 1]
         is_projection = "proj" in group.removeprefix(prefix).removeprefix(beside)
         is_projection |= bool(re.search("encoder_[qk]", prefix)) or teacher.hidden_dim == 0
         is_classifier = shapes == [(teacher.feature_dim,)] and not is_projection
-        owner = max([stem for stem in stems if group.startswith(stem)], key=len, default=stems[0])
-        if is_classifier or owner != stems[0] or group.startswith(tuple(dino)):
+        owner = max([x for x in owners if group.startswith(x)], key=len, default=owners[0])
+        if is_classifier or owner != owners[0] or group.startswith(tuple(dino)):
             del heads[group]
     if unknown or len(heads) > 1:
         names = ", ".join((unknown or list(heads))[:3])
@@ -790,13 +790,13 @@ def load_without_objects(path):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
             refused = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(e))
-            is_dict = re.search(r"Can only SETITEMS? for .*<class '\w+\.([\w.]+)'>", str(e))
-            found = refused or is_dict
+            filled = re.search(rf"Can only SETITEMS? .*<class '{__name__}\.([\w.]+)'>", str(e))
+            found = refused or filled                           # a dict of another kind
             name = found[1] if found else ""
             name = name if "." in name else f"builtins.{name}"
             if not found or (refused and name in stand_ins):
                 raise
-            stand_ins[name] = DictStandIn if is_dict else type(name, (StandIn,), {})
+            stand_ins[name] = DictStandIn if filled else type(name, (StandIn,), {})
 
 
 def download(url):
@@ -982,11 +982,11 @@ def knn(train_x, train_y, test_x, test_y, k=10):
 
 
 def fit_linear(x, y, classes, rates, epochs=100, batch_size=256):
-    """Return a Linear that predicts y [N] from x [N, F] R times: C outputs for each learning rate.
+    """Return a Linear that predicts y [N] from x [N, F] L times: C outputs for each learning rate.
 
     As in the authors' probe: SGD, momentum 0.9, no weight decay, 100 epochs, and a tenth of the
     learning rate after 60 and again after 80. Without weight decay, a factor of the loss acts like
-    a factor of the learning rate, so all R classifiers fit into one fast layer."""
+    a factor of the learning rate, so all L classifiers fit into one fast layer."""
     layer = nn.Linear(x.shape[1], len(rates) * classes).to(x.device)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -997,8 +997,8 @@ def fit_linear(x, y, classes, rates, epochs=100, batch_size=256):
     for epoch in range(epochs):
         order = torch.from_numpy(np.random.default_rng(epoch).permutation(len(x)))
         for batch in order.to(x.device).split(batch_size):
-            logits = layer(x[batch]).view(-1, classes)                          # [B*R, C]
-            labels = y[batch].repeat_interleave(len(rates))                     # [B*R]
+            logits = layer(x[batch]).view(-1, classes)                          # [B*L, C]
+            labels = y[batch].repeat_interleave(len(rates))                     # [B*L]
             losses = F.cross_entropy(logits, labels, reduction="none").view(-1, len(rates))
             loss = losses.mean(dim=0) @ factors
             optimizer.zero_grad()
@@ -1028,7 +1028,7 @@ def linear_probe(train_x, train_y, test_x, test_y, rates=(0.001, 0.003, 0.01, 0.
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train_x))).to(train_x.device)
     held_out, rest = order.tensor_split([max(1, len(order) // 10)])
     layer = fit_linear(train_x[rest], train_y[rest], classes, rates)
-    logits = layer(train_x[held_out]).view(-1, len(rates), classes)            # [H, R, C]
+    logits = layer(train_x[held_out]).view(-1, len(rates), classes)            # [M, L, C]
     found = [accuracy(part, train_y[held_out]) for part in logits.unbind(dim=1)]
     rate = rates[int(np.argmax(found))]
     layer = fit_linear(train_x, train_y, classes, [rate])
@@ -1096,7 +1096,7 @@ def save_neighbors(path, train, test, features, size, count=6, k=7):
                 same = train.labels[near[i]] == test.labels[query]
                 colors = ["green" if hit else "red" for hit in same]
             frames += ["white", *colors]
-    save_grid(path, torch.cat(images), 1 + len(near[i]), frames)
+    save_grid(path, torch.cat(images), 1 + nearest[0].shape[1], frames)
 
 
 # --------------------------------------------------------------------------------- 5. the command

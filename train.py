@@ -84,7 +84,7 @@ RECIPES = {
 }
 SWAV = dict(crop_scale=(0.14, 1.0), small_crops=6)      # for a teacher of its kind, above 64 px
 NOT_INHERITED = ("lr", "weight_decay", "queue_size", "tau_s", "tau_t", "dim", "hidden_dim", "init",
-                 "view_epochs", "small_crops", "small_size", "teacher_cache")   # of --method only
+                 "view_epochs", "small_crops", "small_size", "teacher_cache")   # of --method
 MAY_CHANGE = ("workers", "device", "data", "out", "teacher", "init", "eval_every", "max_steps",
               "compare", "compile", "teacher_cache", "profile", "precision", "save_minutes")
 
@@ -101,8 +101,8 @@ def parse_args(argv=None):
         parser.error(f"--{wrong[0].replace('_', '-')} is only for --method seed")
     if args.method in ("linear", "finetune") and args.compare:
         parser.error(f"--compare does not go with --method {args.method}")
-    if "" in (args.teacher, args.teacher_cache, args.init):
-        parser.error("the name of a file is empty; is a variable of the shell not set?")
+    if "" in vars(args).values():
+        parser.error("the value of a flag is empty; is a variable of the shell not set?")
     if args.method == "linear" and not args.init:
         parser.error("--method linear evaluates an encoder; name its file with --init")
     return args
@@ -123,8 +123,9 @@ def add_flags(parser):
          "which runs code; if not given, a teacher is trained first")
     flag("--teacher-arch", help="its network, if the file does not name it; or the one to train")
     flag("--teacher-prefix", help="of its keys, if the file has several networks")
-    flag("--teacher-mean", type=number(float, 0, 1), nargs=3, metavar="M", help="SimCLR: 0 0 0")
-    flag("--teacher-std", type=number(float, 1e-3, 10), nargs=3, metavar="S", help="SimCLR: 1 1 1")
+    channels = dict(nargs=3, metavar="X")
+    flag("--teacher-mean", type=number(float, 0, 1), **channels, help="SimCLR's pixels: 0 0 0")
+    flag("--teacher-std", type=number(float, 1e-3, 10), **channels, help="SimCLR's pixels: 1 1 1")
     flag("--teacher-method", choices=("moco", "supervised"), help="how to train it")
     flag("--teacher-epochs", type=count, help="a better teacher makes a better student")
     flag("--teacher-cache", type=expanduser, metavar="DIR", help="keep its embeddings there")
@@ -145,9 +146,10 @@ def add_flags(parser):
     flag("--tau-s", type=temperature, help="the student's temperature, and MoCo's")
     flag("--tau-t", type=temperature, help="the teacher's; higher: similar images count more")
     flag("--out", type=expanduser, metavar="DIR", help="default: runs/DATASET-METHOD-ARCH")
-    flag("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 only on CUDA")
+    flag("--precision", choices=PRECISIONS, default="auto", help="auto: fp32; on CUDA 16 bits")
     flag("--compile", action="store_true", help="torch.compile the networks; pays in long runs")
-    flag("--save-minutes", type=number(float, 0, 1e6), default=10.0, help="also after each epoch")
+    flag("--save-minutes", type=number(float, 0, 1e6), default=10.0, metavar="M",
+         help="between saves (%(default)s); also saved after each epoch")
     flag("--eval-every", type=number(int, 0, 1e6), help="epochs between evaluations; 0: none")
     flag("--compare", action="store_true", help="also train by MoCo-v2 and with labels")
     flag("--profile", action="store_true", help="only time some steps, part by part")
@@ -288,7 +290,7 @@ def batches(split, cfg, device, views, steps):
         with torch.profiler.record_function("augmentation"):
             for view, (size, scale) in enumerate(views):
                 u = uniforms(cfg.seed, epoch, samples, view)
-                crop = None if split.pixels is None else scale      # those from disk are crops
+                crop = None if split.pixels is None else scale      # files are cropped already
                 x = augment(images[view], u, size, crop, cfg.blur, cfg.color)
                 augmented.append(x.contiguous(memory_format=torch.channels_last))
         labels = split.labels
@@ -582,7 +584,7 @@ class Run:
         self.steps_per_epoch = len(data.train) // cfg.batch_size
         self.last_step = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
         self.seconds = 0.0                                      # of training
-        self.times = np.zeros(3)        # since the last row: seconds, of them waiting, and steps
+        self.times = np.zeros(3)        # since the last row: seconds, waiting, steps
         self.numbers = {}                                       # of the last row of the log
         self.printed = 0.0
         self.saved = time.monotonic()
@@ -650,7 +652,7 @@ class Run:
         if not all(map(math.isfinite, values)):
             raise FloatingPointError(
                 f"{what} is not finite; with --precision fp32, the same command resumes from the "
-                f"last good checkpoint. Or delete {self.out} and lower --lr")
+                f"last good checkpoint; or delete {self.out} and lower --lr")
 
     def end_step(self, batch):
         """Evaluate if it is due, write the row of the log, and save. Exit after a signal. Only the
@@ -893,7 +895,7 @@ def profile(cfg, data, device, teacher, init):
 def print_table(rows, data, device, workers, out):
     """Evaluate the encoder of each row, print a table, and write it to OUT/results.json.
 
-    rows: dicts of name, encoder (Encoder or its file), seconds (of training, or None), by_teacher
+    rows: dicts of name, encoder (Encoder or its file), seconds (of training, if any), by_teacher
     (if labels were used, then by its teacher), and in_picture (show it in neighbors.png)."""
     print0(f"\nevaluating on all images, but at most {TABLE_LIMIT:,} of each split")
     width = max(len(row["name"]) for row in rows)
@@ -941,8 +943,8 @@ def students_of(args, cfg, data):
 
 
 def check_test_images(data, workers):
-    """Read the test images once. Too many that cannot be read would end a run hours later."""
-    for _ in center_views(data.test, 32, "cpu", workers):
+    """Raise InputError if too many test images cannot be read: it would end a run hours later."""
+    for _ in center_views(data.test, SMALL, workers=workers):
         pass
 
 
@@ -963,7 +965,8 @@ def main(argv=None):
            f"{network_dtype(cfg, device)}")
     untrained = new_encoder(cfg, init)      # a network that cannot be used fails early
     students = students_of(args, cfg, data)
-    from_main_process(check_test_images, data, cfg.workers)
+    if data.test.pixels is None and not args.profile:
+        from_main_process(check_test_images, data, cfg.workers)
     rows = [dict(name=f"{cfg.arch}, {'as it starts' if init else 'untrained'}", encoder=untrained)]
     teacher = None
     if cfg.method == "seed":

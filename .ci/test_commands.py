@@ -77,7 +77,7 @@ BAD_INPUT = [
     ("train.py --method sed", "--method: invalid choice: 'sed'"),
     ("train.py --method moco --teacher-cache cache", "--teacher-cache is only for --method seed"),
     ("train.py --method linear", "name its file with --init"),
-    ("train.py --teacher=", "name of a file is empty"), ("train.py --init=", "name of a file is"),
+    ("train.py --teacher=", "value of a flag is empty"), ("train.py --out=", "value of a flag is"),
     ("train.py --method moco --init teacher.pt --arch resnet18", "no complete resnet18"),
     ("train.py --out notes.txt/run", "cannot make the folder notes.txt/run"),
     ("train.py --device cuda:99", "no device 'cuda:99' here; use --device .*cpu"),

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+import zipfile
 import threading
 
 import numpy as np
@@ -112,6 +113,8 @@ LAYOUTS = {         # where the backbone is, and its head; the head's layers; wh
                                 "args:/ net:encoder_k. head:encoder_k.fc. some:queue"),
     "its key encoder": ("state_dict/encoder_k.", "encoder_k.fc.", "512 relu 128",
                         "chosen net:encoder_q. head:encoder_q.fc. some:queue"),
+    "MoCo v2 beside a backbone": ("state_dict/encoder_q.", "encoder_q.fc.", "512 relu 128",
+                                  "net:backbone."),
     "MoCo v3": ("state_dict/base_encoder.", "base_encoder.fc.", "64- bn relu 32- plain",
                 "net:momentum_encoder. head:momentum_encoder.fc. head:predictor."),
     "SwAV": ("module.", "module.projection_head.", "96 bn relu 32", "some:prototypes.weight"),
@@ -315,6 +318,10 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, teacher_file):
     flipped = bytearray(content_of({"conv1.weight": torch.randn(1000)}))
     flipped[len(flipped) // 2] ^= 64                                    # one bit
     script = torch.jit.script(nn.Linear(2, 2)).save_to_buffer()
+    odd = io.BytesIO()
+    with zipfile.ZipFile(odd, "w") as archive:                          # a size that is filled
+        archive.writestr("f/data.pkl", b"\x80\x02ctorch\nSize\n)R(K\x01K\x02u.")
+        archive.writestr("f/version", b"3\n")
     parent = {"foo": torch.zeros(3)}
     parent["child"] = {"parent": parent}                # as configurations do
     for content, words in (
@@ -322,6 +329,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, teacher_file):
             (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
             (b"some text", "torch.save did not write it"), (b"", "or not all of it"),
             (flipped, "in it is damaged"), (flipped[:300], "cannot read"), (script, "torchscript"),
+            (odd.getvalue(), "torch.save did not write it"),
             (content_of([1]), "is not a checkpoint: expected a dict of weights"),
             (content_of({"state_dict": None, "model": nn.Linear(2, 2)}), "no tensors"),
             (content_of({"state_dict": {1: torch.zeros(3)}}), "it contains state_dict.1"),
@@ -348,8 +356,8 @@ Box = type("Box", (dict,), {"__module__": "gone"})                # like the set
     pathlib.PurePosixPath("/d"), pathlib.PureWindowsPath("d"), argparse.Namespace(arch="resnet18"),
     collections.defaultdict(list, a=[1]), Color.RED, datetime.datetime(2020, 1, 1), np.float64(1),
     np.zeros(3), np.random.RandomState(0), np.dtype("f4"), Gone(), Box(a=Box(b=1)), Box(),
-    nn.Linear, nn.Linear(2, 2), torch.optim.SGD([torch.ones(1)], 0.1), {1, 2}, torch.float16, {Color.RED: 1},
-    collections.deque([1]), functools.partial(torch.optim.Adam, lr=0.1)], ids=str)
+    nn.Linear, nn.Linear(2, 2), torch.optim.SGD([torch.ones(1)], 0.1), {1, 2}, torch.float16,
+    {Color.RED: 1}, collections.deque([1]), functools.partial(torch.optim.Adam, lr=0.1)], ids=str)
 def test_objects_beside_the_weights_do_no_harm(tmp_path, monkeypatch, thing):
     """If objects beside the weights were errors, files of Lightning, timm and DINO could not be
     read without their packages."""
