@@ -203,7 +203,7 @@ def test_the_split_of_a_folder_is_found_in_any_case(tmp_path, train, test):
 def test_a_class_that_is_named_like_test_images_is_noted(tmp_path):
     """Without train/, a folder val/ beside the classes is probably meant to be held out."""
     write_images(tmp_path, dict.fromkeys(["a/1.png", "a/2.png", "b/1.png", "val/a/1.png"], 7))
-    assert "without train/, a folder named like test images" in str(load_data("folder", tmp_path))
+    assert "a folder named like test images is one" in str(load_data("folder", tmp_path))
 
 
 def test_no_class_is_lost(tmp_path, monkeypatch):
