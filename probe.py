@@ -668,7 +668,7 @@ def sort_weights(tensors, prefix, others, teacher, path):
             heads.setdefault(match[1], {})[name.removeprefix(match[1])] = value
         elif is_inside or (value.numel() > 1 and value.is_floating_point()):
             unknown.append(name)                # others are an accuracy, or a random state
-    # Not the head: a Linear (except in MoCo v1), those of others (student_projection_head), DINO's.
+    # Not wanted: a classifier (a Linear, except in MoCo v1), another network's head, DINO's head.
     owners = [re.sub("backbone.*", "", network) for network in (prefix, *others)]
     dino = [name.rpartition("last_layer.")[0] for name in tensors if "head.last_layer." in name]
     for group, head in list(heads.items()):

@@ -942,10 +942,13 @@ def students_of(args, cfg, data):
     return students
 
 
-def check_test_images(data, workers):
-    """Raise InputError if too many test images cannot be read: it would end a run hours later."""
-    for _ in center_views(data.test, SMALL, workers=workers):
-        pass
+def check_test_images(cfg, data):
+    """Before a new run, raise InputError if too many test images on disk cannot be read. Otherwise
+    the first evaluation would end it."""
+    is_new = not cfg.profile and not Path(cfg.out, "last.pt").exists()
+    if is_new and data.test.pixels is None:
+        for _ in center_views(data.test, SMALL, workers=cfg.workers):
+            pass
 
 
 def main(argv=None):
@@ -965,8 +968,7 @@ def main(argv=None):
            f"{network_dtype(cfg, device)}")
     untrained = new_encoder(cfg, init)      # a network that cannot be used fails early
     students = students_of(args, cfg, data)
-    if data.test.pixels is None and not args.profile:
-        from_main_process(check_test_images, data, cfg.workers)
+    from_main_process(check_test_images, cfg, data)
     rows = [dict(name=f"{cfg.arch}, {'as it starts' if init else 'untrained'}", encoder=untrained)]
     teacher = None
     if cfg.method == "seed":
