@@ -62,18 +62,18 @@ RECIPES = {
         image_size=32, blur=False, epochs=20, warmup_epochs=1, batch_size=128, lr=0.1,
         queue_size=2048, eval_every=5, teacher_arch="resnet18", teacher_epochs=12,
         small_size=24, small_scale=(0.2, 0.5)),     # to a teacher, all crops of 16 px look alike
-    ("small", "seed"): dict(tau_t=0.05),
-    ("small", "moco"): dict(lr=0.06, key_momentum=0.99),
+    ("small", "seed"): dict(lr=0.2, tau_t=0.05),
+    ("small", "moco"): dict(lr=0.03, key_momentum=0.99, tau_s=0.1),
     ("shapes", "any"): dict(
         crop_scale=(0.4, 1.0), batch_size=64, epochs=6, teacher_epochs=5,
         teacher_method="supervised"),               # smaller crops would hide the outline
     ("shapes", "seed"): dict(lr=0.4),
-    ("shapes", "moco"): dict(queue_size=256),
+    ("shapes", "moco"): dict(lr=0.06, queue_size=256, tau_s=0.2),
     ("cifar", "any"): dict(
         small_images=True, epochs=200, warmup_epochs=5, batch_size=256, queue_size=4096,
         eval_every=20, teacher_epochs=200),
-    ("cifar", "seed"): dict(lr=0.2, tau_t=0.01),
-    ("cifar", "moco"): dict(lr=0.03, weight_decay=5e-4, tau_s=0.1),
+    ("cifar", "seed"): dict(tau_t=0.01),
+    ("cifar", "moco"): dict(weight_decay=5e-4),
     ("cifar", "supervised"): dict(weight_decay=5e-4),
     ("any", "linear"): dict(        # the authors' linear probe
         crop_scale=(0.08, 1.0), blur=False, color=False, epochs=100, warmup_epochs=0,
