@@ -175,6 +175,9 @@ def find_images(name, root):
         raise InputError(f"there is no directory {root}; --data names the directory of images")
     top, val = split_folders(root)
     files, notes = list_files(top)
+    others = [path.name for path in root.iterdir() if path.is_dir() and path not in (top, val)]
+    if top != root and others:                                  # "train" may also be a class
+        notes.append(f"only {top} is used for training; not {', '.join(sorted(others)[:3])}")
     if len(files) < 2:
         raise InputError(f"{len(files) or 'no'} image in {top} (looked for {' '.join(EXTENSIONS)})")
     folders = class_folders(files, top)
@@ -203,7 +206,7 @@ def find_images(name, root):
         if not classes or "" not in test_folders:
             labels = torch.tensor(np.searchsorted(classes, test_folders)) if classes else None
             return train, Split(files=test_files, labels=labels), classes, notes + more_notes
-        notes.append(f"{val} has no class folders, so a part of {top} is held out instead")
+        notes.append(f"{val} has images outside class folders; a part of {top} is held out instead")
     held_out = choose_held_out(paths_below(top, files), folders if classes else [""] * len(files))
     if not held_out.any():
         raise InputError(f"{top} has one image per class, so no image can be held out for testing")

@@ -342,6 +342,9 @@ def new_encoder(cfg, init=None):
     for size, _ in view_plan(cfg):
         encoder.check_image_size(size)
     if init:
+        if init.small_images != encoder.small_images:           # the shapes may be equal
+            flag = "--small-images" if init.small_images else "--no-small-images"
+            raise InputError(f"--init {cfg.init} needs {flag}")
         try:
             encoder.backbone.load_state_dict(init.backbone.state_dict())
         except RuntimeError as e:
@@ -453,8 +456,8 @@ def train(cfg, data, device, teacher=None, init=None):
     dtype = network_dtype(cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(cfg, data, device, encoder, method, optimizer, scaler, teacher, init)
-    steps = run.open()                                          # those that are left
     cache = TeacherCache(cfg, data, method, dtype) if cfg.teacher_cache else None
+    steps = run.open()                                          # those that are left
     model = compile_and_distribute(method, cfg)
     with note_signals() as run.signals:
         for batch in batches(data.train, cfg, device, view_plan(cfg), steps):
