@@ -175,9 +175,9 @@ def find_images(name, root):
         raise InputError(f"there is no directory {root}; --data names the directory of images")
     top, val = split_folders(root)
     files, notes = list_files(top)
-    others = [path.name for path in root.iterdir() if path.is_dir() and path not in (top, val)]
+    others = [path.name for path in root.glob("[!.]*") if path.is_dir() and path not in (top, val)]
     if top != root and others:                                  # "train" may also be a class
-        notes.append(f"only {top} is used for training; not {', '.join(sorted(others)[:3])}")
+        notes.append(f"folders beside {top} are not used: {', '.join(sorted(others)[:3])}")
     if len(files) < 2:
         raise InputError(f"{len(files) or 'no'} image in {top} (looked for {' '.join(EXTENSIONS)})")
     folders = class_folders(files, top)

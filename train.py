@@ -342,7 +342,7 @@ def new_encoder(cfg, init=None):
     for size, _ in view_plan(cfg):
         encoder.check_image_size(size)
     if init:
-        if init.small_images != encoder.small_images:           # the shapes may be equal
+        if init.small_images != encoder.small_images:           # weights may fit both stems
             flag = "--small-images" if init.small_images else "--no-small-images"
             raise InputError(f"--init {cfg.init} needs {flag}")
         try:

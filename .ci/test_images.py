@@ -172,6 +172,15 @@ def test_folders_of_operating_systems_are_no_classes(tmp_path, name):
     assert name in str(data)
 
 
+def test_folders_beside_train_are_named(tmp_path):
+    """If "train" is a class, like bus and car, the other classes are not used, and a user would not
+    know it."""
+    write_images(tmp_path, {"train/a.png": 1, "train/b.png": 2, ".git/c.png": 3, "val/d.png": 4})
+    assert "not used" not in str(load_data("folder", tmp_path, 32))
+    write_images(tmp_path, {"bus/a.png": 1, "car/b.png": 2})
+    assert "not used: bus, car" in str(load_data("folder", tmp_path, 32))
+
+
 @pytest.mark.parametrize("name, images, words", [
     ("folder", ["Training/a/1.png", "Training/b/2.png", "Test/a/3.png"], "Test and Training, w"),
     ("folder", ["train2017/1.png", "test2017/2.png"], "test2017 and train2017, which are not"),

@@ -533,6 +533,8 @@ def test_networks_are_evaluated_as_they_are_used(quick, monkeypatch, teacher_fil
     for row in (teacher, start, enlarged):
         assert same(row["encoder"].state_dict(), load_teacher(teacher_file).state_dict())
     assert start["encoder"].image_size == enlarged["encoder"].image_size == 40
+    other_stem = f"{flags} --init {teacher_file} --small-images"
+    assert "needs --no-small-images" in refusal(run, other_stem, "third")
 
 
 def test_compare_trains_the_same_network_by_the_other_methods(quick, monkeypatch, teacher_file):
@@ -642,6 +644,7 @@ def test_a_cache_of_other_embeddings_is_refused(cached, other_teacher, flags, wo
         Path("cache/fingerprint.json").write_text("")
     kept = files_of("cache")
     assert words in refusal(run, f"{cached} {flags}", "other")
+    assert not Path("other/args.json").exists(), "the corrected command may use this folder"
     assert files_of("cache") == kept
 
 
