@@ -186,6 +186,8 @@ def find_images(name, root):
     if words <= SPLIT_NAMES:
         raise InputError(f"{top} contains {' and '.join(classes)}, which are not classes; put "
                          "train and val directly into --data")
+    if "" in classes and len(classes) > 2:
+        notes.append(f"{top} has images outside class folders, so its folders are not classes")
     if len(classes) < 2 or "" in classes:                       # a single class is no label
         classes = []
     if classes and top == root and not words.isdisjoint(VAL_NAMES):
@@ -907,7 +909,8 @@ def read_images(split, views, items, device, workers, seed=0):
     if split.pixels is not None:
         pixels = split.pixels.to(device)
         for batch in items:
-            yield [pixels[[index for _, index in batch]]] * len(views)
+            index = torch.tensor([index for _, index in batch])
+            yield [pixels[index.to(device, non_blocking=True)]] * len(views)
         return
     loader = DataLoader(Crops(split.files, views, seed), batch_sampler=items, num_workers=workers,
                         worker_init_fn=start_worker, pin_memory=device.type == "cuda")
@@ -1293,12 +1296,12 @@ def main(argv=None):
         print0(f"kNN {scores['knn']:.1f}%   linear probe {scores['linear']:.1f}%")
     else:
         print0("no labels, so no accuracy")
-    save_neighbors(out / "neighbors.png", train, test, [features], data.image_size)
+    save_neighbors(out / "probe.png", train, test, [features], data.image_size)
     args.encoder = without_secrets(args.encoder)
     summary = dict(encoder=args.encoder, provenance=encoder.provenance,
                    used_labels=encoder.used_labels, data=str(data), flags=vars(args), **scores)
     save_json(out / "probe.json", summary)
-    print0(f"wrote {out}/probe.json and neighbors.png after {time.time() - start:.0f} s")
+    print0(f"wrote {out}/probe.json and probe.png after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

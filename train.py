@@ -33,10 +33,10 @@ from torch import nn
 
 from probe import (LABEL_USE, SMALL, STOP_SIGNALS, Parser, accuracy, add_data_flags,
                    average_batch_norm, center_views, check_out, describe, evaluate,
-                   extract_features, first_line, is_main_process, label_fraction, load_data,
-                   load_teacher, make_folder, number, pick_device, print0, read_checkpoint,
-                   read_images, run_command, save_encoder, save_file, save_json, save_neighbors,
-                   save_views, without_secrets)
+                   extract_features, is_main_process, label_fraction, load_data, load_teacher,
+                   make_folder, number, pick_device, print0, read_checkpoint, read_images,
+                   run_command, save_encoder, save_file, save_json, save_neighbors, save_views,
+                   without_secrets)
 from seed import (SEED, Encoder, InputError, MoCo, SmallCropSEED, Supervised, augment,
                   concat_all_gather, rank_and_world_size, uniforms)
 
@@ -258,7 +258,7 @@ class Batch:
     views: list                 # float [B, 3, S, S] each, on the device; S may differ
     labels: torch.Tensor        # int64 [B], or None
     start: float                # when it was requested, in seconds
-    wait: float                 # seconds until it was ready
+    wait: float                 # seconds until its images were read
 
 
 def plan(num_images, cfg, steps):
@@ -286,6 +286,7 @@ def batches(split, cfg, device, views, steps):
         start = time.perf_counter()
         with torch.profiler.record_function("reading"):
             images = next(reader)
+        wait = time.perf_counter() - start
         augmented = []
         with torch.profiler.record_function("augmentation"):
             for view, (size, scale) in enumerate(views):
@@ -296,7 +297,6 @@ def batches(split, cfg, device, views, steps):
         labels = split.labels
         if labels is not None:
             labels = labels[samples].to(device, non_blocking=True)
-        wait = time.perf_counter() - start
         yield Batch(step, epoch, samples, augmented, labels, start, wait)
 
 
@@ -347,8 +347,9 @@ def new_encoder(cfg, init=None):
             raise InputError(f"--init {cfg.init} needs {flag}")
         try:
             encoder.backbone.load_state_dict(init.backbone.state_dict())
-        except RuntimeError as e:
-            raise InputError(f"--init {cfg.init} does not fit: {first_line(e)}") from None
+        except RuntimeError:
+            raise InputError(f"--init {cfg.init} is a {init.arch}, which does not fit --arch "
+                             f"{cfg.arch} at {cfg.image_size} px") from None
         encoder.mean.copy_(init.mean)
         encoder.std.copy_(init.std)
         if str(encoder.head) == str(init.head):                 # the same layers
@@ -885,10 +886,10 @@ def profile(cfg, data, device, teacher, init):
     with tempfile.TemporaryDirectory() as folder, profiler:
         vars(cfg).update(out=folder, max_steps=24, eval_every=0, teacher_cache=None)
         train(cfg, data, device, teacher, init)
-    for event in profiler.key_averages():
-        if event.key in ("reading", "augmentation", "targets", "forward", "loss"):
-            ms = max(event.cpu_time_total, event.device_time_total) / event.count / 1e3
-            print0(f"{event.key:14s}{ms:10.2f} ms per step")
+    for name in ("reading", "augmentation", "targets", "forward", "loss"):
+        us = [max(event.cpu_time_total, event.device_time_total)
+              for event in profiler.events() if event.name == name]
+        print0(f"{name:14s}{np.median(us) / 1e3:10.2f} ms per step")
     if is_main_process():
         trace = f"trace-{cfg.dataset}-{cfg.method}-{cfg.arch}.json"
         profiler.export_chrome_trace(trace)

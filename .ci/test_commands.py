@@ -79,6 +79,7 @@ BAD_INPUT = [
     ("train.py --method linear", "name its file with --init"),
     ("train.py --teacher=", "value of a flag is empty"), ("train.py --out=", "value of a flag is"),
     ("train.py --method moco --init teacher.pt --arch resnet18", "no complete resnet18"),
+    ("train.py --method moco --init teacher.pt", "is a shufflenet.*, which does not fit --arch mo"),
     ("train.py --out notes.txt/run", "cannot make the folder notes.txt/run"),
     ("train.py --device cuda:99", "no device 'cuda:99' here; use --device .*cpu"),
     ("probe.py", "required: encoder"),
@@ -384,7 +385,7 @@ def test_probe_evaluates_a_file_and_an_untrained_network(inputs, capsys, words, 
         assert found["knn"] is found["linear"] is None
     else:
         assert 0 < found["knn"] < 40 and 0 < found["linear"] < 60
-    assert Path(folder, "neighbors.png").exists()
+    assert Path(folder, "probe.png").exists()
 
 
 def test_probe_uses_the_image_size_of_the_training_unless_it_is_given(inputs):

@@ -215,6 +215,13 @@ def test_a_class_that_is_named_like_test_images_is_noted(tmp_path):
     assert "a folder named like test images is one" in str(load_data("folder", tmp_path))
 
 
+def test_an_image_beside_class_folders_is_noted(tmp_path):
+    """With one image outside the folders, they are not classes, and there are no accuracies."""
+    write_images(tmp_path, {**AB, "thumb.png": 3})
+    data = load_data("folder", tmp_path)
+    assert not data.classes and "has images outside class folders" in str(data)
+
+
 def test_no_class_is_lost(tmp_path, monkeypatch):
     """os.walk skips folders that cannot be opened. With --data / or D:\\, names of classes would
     lose their first letter: cat and bat become one."""
