@@ -4,7 +4,7 @@
     python assets/variants.py student_queue
 
 The run is in runs/regression or runs/student_queue, unless --out names another folder. The results
-are in ANSWERS.md.
+are in RESULTS.md, section 4.
 """
 import sys
 from pathlib import Path
