@@ -73,6 +73,8 @@ done
 for variant in regression student_queue; do
     python assets/variants.py $variant ${student#python train.py} $trained --teacher-cache $out/cache-0 --out $out/$variant
 done
+python assets/variants.py student_queue ${student#python train.py} --seed 1 $trained --teacher-cache $out/cache-1 \
+    --out $out/student_queue-1
 for seed in 0 1 2; do
     shapes="--arch mobilenet_v3_large --seed $seed"
     for queue in 16 256; do python train.py $shapes --queue-size $queue --out $out/shapes-$seed/queue-$queue; done
