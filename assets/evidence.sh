@@ -3,7 +3,7 @@
 #     sh assets/evidence.sh DIR images     only write the images
 # DIR receives CIFAR-10 as image files, train/CLASS and val/CLASS. The tables were made from JPEG files, so expect small
 # differences. The script was not run in one go: two processes with one thread each (OMP_NUM_THREADS=1) ran side by side.
-# RESULTS.md says what has not been run yet. Small crops, a published teacher and the toy are not here.
+# RESULTS.md says what was not run. Small crops, a published teacher and the toy are not here.
 # With a GPU, omit `--precision fp32`, give the teacher 200 epochs and the students 100, and add --small-images.
 set -e
 [ -d "$1" ] || { rm -rf "$1.part"; python - "$1.part" <<'END'
