@@ -909,7 +909,7 @@ def read_images(split, views, items, device, workers, seed=0):
     if split.pixels is not None:
         pixels = split.pixels.to(device)
         for batch in items:
-            index = torch.tensor([index for _, index in batch])
+            index = torch.tensor([i for _, i in batch])         # a list would wait for the GPU
             yield [pixels[index.to(device, non_blocking=True)]] * len(views)
         return
     loader = DataLoader(Crops(split.files, views, seed), batch_sampler=items, num_workers=workers,

@@ -348,8 +348,7 @@ def new_encoder(cfg, init=None):
         try:
             encoder.backbone.load_state_dict(init.backbone.state_dict())
         except RuntimeError:
-            raise InputError(f"--init {cfg.init} is a {init.arch}, which does not fit --arch "
-                             f"{cfg.arch} at {cfg.image_size} px") from None
+            raise InputError(f"--init {cfg.init} is no {cfg.arch} of {cfg.image_size} px") from None
         encoder.mean.copy_(init.mean)
         encoder.std.copy_(init.std)
         if str(encoder.head) == str(init.head):                 # the same layers
@@ -960,8 +959,9 @@ def main(argv=None):
     args = parse_args(argv)
     device = init_distributed(args.device)
     init = load_teacher_on_all(args.init, args.arch) if args.init else None
-    if init and args.method in ("linear", "finetune"):
+    if init:
         args.arch = init.arch
+    if init and args.method in ("linear", "finetune"):
         args.image_size = args.image_size or init.image_size
     cfg = make_config(args, args.method)
     data = first_of_node(load_data, cfg.dataset, cfg.data, cfg.image_size, cfg.subset, cfg.seed)

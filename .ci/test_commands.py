@@ -79,7 +79,6 @@ BAD_INPUT = [
     ("train.py --method linear", "name its file with --init"),
     ("train.py --teacher=", "value of a flag is empty"), ("train.py --out=", "value of a flag is"),
     ("train.py --method moco --init teacher.pt --arch resnet18", "no complete resnet18"),
-    ("train.py --method moco --init teacher.pt", "is a shufflenet.*, which does not fit --arch mo"),
     ("train.py --out notes.txt/run", "cannot make the folder notes.txt/run"),
     ("train.py --device cuda:99", "no device 'cuda:99' here; use --device .*cpu"),
     ("probe.py", "required: encoder"),

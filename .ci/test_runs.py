@@ -426,6 +426,8 @@ def test_a_student_may_start_from_weights(quick, teacher_file, other_teacher):
     found = load_teacher("run/encoder.pt")
     assert found.used_labels is None, "unknown, like that of its start"
     assert f"started from: {ARCH}, weights under ''" in found.provenance
+    train.main([*TINY, *f"--method moco --init {teacher_file} --max-steps 1 --out moco".split()])
+    assert load_teacher("moco/encoder.pt").arch == ARCH, "the file names its network"
 
 
 def test_a_secret_in_a_url_is_not_written(quick, monkeypatch, capsys, teacher_file):
